@@ -1,0 +1,31 @@
+// SPDX-License-Identifier: Apache-2.0
+// Every operator of the package, as torch sees it: the only m.def()s in the project.
+// What each one means is written once, in plain torch, in python/osora/reference.py.
+//
+// Letters: n rows of x, k in_features, d out_features, r rank.
+#include <torch/library.h>
+
+TORCH_LIBRARY(osora, m) {
+  m.set_python_module("osora.ops");  // where the fake kernels and the derivatives live
+
+  // D[d, r] = U * (o (S0 + s) + s): the adapter as one matrix, W = W0 + D V^T.
+  m.def("fold(Tensor U, Tensor S0, Tensor s, Tensor o) -> Tensor");
+  // P[d, r] = dL/dD  ->  dL/ds [r], dL/do [d]; what is not needed comes back empty, [0].
+  m.def(
+      "fold_backward(Tensor U, Tensor P, Tensor S0, Tensor s, Tensor o, bool need_s, bool need_o) -> (Tensor, Tensor)");
+
+  // y[n, d] = x W^T + bias + (x V) D^T and h[n, r] = x V. Without a weight: the adapter's branch alone.
+  m.def(
+      "linear(Tensor x, Tensor? weight, Tensor? bias, Tensor U, Tensor V, Tensor S0, Tensor s, Tensor o)"
+      " -> (Tensor, Tensor)");
+  // dy[n, d], h[n, r]  ->  dx[n, k], ds[r], do[d]; what is not needed comes back empty, [0].
+  m.def(
+      "linear_backward(Tensor dy, Tensor h, Tensor? weight, Tensor U, Tensor V, Tensor S0, Tensor s, Tensor o,"
+      " bool need_x, bool need_s, bool need_o) -> (Tensor, Tensor, Tensor)");
+
+  // weights: matrices [d, k] of one shape; keys: one integer per matrix, part of its random stream.
+  // -> U [B, d, r], S [B, r], V [B, k, r], residuals [B, r], converged [B] bool, passes [B], method [B]
+  m.def(
+      "truncated_svd(Tensor[] weights, int rank, float tol, int seed, int[] keys, str method)"
+      " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
+}

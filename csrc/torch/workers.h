@@ -1,0 +1,43 @@
+// SPDX-License-Identifier: Apache-2.0
+// Independent tasks on as many threads as torch may use, each with a single-threaded BLAS inside.
+#pragma once
+#include <ATen/Parallel.h>
+
+#include <atomic>
+#include <exception>
+#include <functional>
+#include <thread>
+#include <vector>
+
+// Both libraries come with torch where they exist; where they don't, the symbol is null and the setting not needed.
+extern "C" {
+__attribute__((weak)) void omp_set_num_threads(int);
+__attribute__((weak)) int MKL_Set_Num_Threads_Local(int);
+}
+
+namespace osora {
+
+// Runs task(i) for i in [0, count). Every task sees one thread, also when it is alone: what it computes cannot depend
+// on how many tasks there are. The first exception is rethrown here, after all threads have ended.
+inline void run_single_threaded(int64_t count, const std::function<void(int64_t)>& task) {
+  std::atomic<int64_t> next{0};
+  std::atomic<bool> failed{false};
+  std::exception_ptr error;
+  const auto work = [&] {
+    if (omp_set_num_threads) omp_set_num_threads(1);
+    if (MKL_Set_Num_Threads_Local) MKL_Set_Num_Threads_Local(1);
+    for (int64_t i = next++; i < count && !failed; i = next++) {
+      try {
+        task(i);
+      } catch (...) {
+        if (!failed.exchange(true)) error = std::current_exception();
+      }
+    }
+  };
+  std::vector<std::thread> threads;
+  for (int64_t t = 0; t < std::min<int64_t>(count, at::get_num_threads()); ++t) threads.emplace_back(work);
+  for (auto& thread : threads) thread.join();
+  if (error) std::rethrow_exception(error);
+}
+
+}  // namespace osora
