@@ -1,0 +1,229 @@
+// SPDX-License-Identifier: Apache-2.0
+#include <algorithm>
+
+#include "cuda/fold.h"
+#include "cuda/half.cuh"
+#include "cuda/launch.h"
+#include "cuda/reduce.cuh"
+
+namespace osora::cuda {
+namespace {
+
+constexpr int kThreads = 256;
+constexpr int kWarp = 32;
+// Rows one block sums. A constant, and not a share of the GPU: partial sums must not depend on the number of SMs.
+constexpr int kRows = 64;
+constexpr int kLog2MinLanes = 2;  // then a block has at most kRows groups
+// Blocks of the backward kernel on one SM: leaves it 64 registers. Left to itself, the compiler spills to get at 32.
+constexpr int kResidentBlocks = 4;
+constexpr int kMaxFoldBlocks = 1024;
+constexpr int kFinishColumns = 32;
+
+// How a block of kThreads lies over a matrix [d, r]: groups of `lanes` threads take a row each, a lane takes N
+// neighbouring columns; lanes * N columns are one tile. 16-byte packs make N = kPerPack; N = 1 is right everywhere.
+struct Layout {
+  int log2_lanes;
+  bool packed_vectors;  // s0 and s can be read in packs as well
+};
+
+struct Place {
+  int lanes, lane, groups, group;
+  __device__ __forceinline__ explicit Place(Layout layout)
+      : lanes(1 << layout.log2_lanes),
+        lane(threadIdx.x & (lanes - 1)),
+        groups(kThreads >> layout.log2_lanes),
+        group(threadIdx.x >> layout.log2_lanes) {}
+};
+
+// start[e] = (s0 + s)[column + e] and shift[e] = s[column + e].
+template <int N, class A>
+__device__ __forceinline__ void load_scales(const A* s0, const A* s, int64_t column, bool packed, A (&start)[N],
+                                            A (&shift)[N]) {
+  if (packed) {
+    load(s0 + column, start);
+    load(s + column, shift);
+  } else {
+#pragma unroll
+    for (int e = 0; e < N; ++e) start[e] = s0[column + e], shift[e] = s[column + e];
+  }
+#pragma unroll
+  for (int e = 0; e < N; ++e) start[e] += shift[e];
+}
+
+// blockIdx.y: column tile. blockIdx.x: rows, strided. A thread keeps its columns of s0 + s and s in registers and
+// walks down the rows.
+template <int N, class T, class A>
+__global__ void __launch_bounds__(kThreads)
+    fold_kernel(const T* __restrict__ u, const A* __restrict__ s0, const A* __restrict__ s, const A* __restrict__ o,
+                T* __restrict__ d_out, int64_t d, int64_t r, Layout layout) {
+  const Place at(layout);
+  const int64_t column = (int64_t{blockIdx.y} * at.lanes + at.lane) * N;
+  if (column >= r) return;
+  A start[N], shift[N];
+  load_scales(s0, s, column, layout.packed_vectors, start, shift);
+  for (int64_t i = int64_t{blockIdx.x} * at.groups + at.group; i < d; i += int64_t{gridDim.x} * at.groups) {
+    A x[N];
+    load(u + i * r + column, x);
+    const A scale = o[i];
+#pragma unroll
+    for (int e = 0; e < N; ++e) x[e] *= multiply_add(scale, start[e], shift[e]);
+    store(x, d_out + i * r + column);
+  }
+}
+
+// One block per kRows rows, one pass over u and p. Tile by tile of columns: a lane adds up its columns over its rows
+// (for ds) and its part of each row (for d_o). The block's column sums go to partial[block, :], its row sums are done.
+template <int N, class T, class A>
+__global__ void __launch_bounds__(kThreads, kResidentBlocks)
+    fold_backward_kernel(const T* __restrict__ u, const A* __restrict__ p, const A* __restrict__ s0,
+                         const A* __restrict__ s, const A* __restrict__ o, A* __restrict__ d_o, A* __restrict__ partial,
+                         int64_t d, int64_t r, Layout layout) {
+  A* const columns = dynamic_shared<A>();      // [groups, tile]
+  A* const row_sums = columns + kThreads * N;  // [kRows], each entry written and read by one thread alone
+  const Place at(layout);
+  const int tile = at.lanes * N;
+  const int64_t first_row = int64_t{blockIdx.x} * kRows;
+
+  if (at.lane == 0) {
+    for (int k = at.group; k < kRows; k += at.groups) row_sums[k] = 0;
+  }
+  for (int64_t first = 0; first < r; first += tile) {
+    const int64_t column = first + at.lane * N;
+    A start[N] = {}, shift[N] = {}, sum[N] = {};
+    if (column < r) load_scales(s0, s, column, layout.packed_vectors, start, shift);
+
+    // kRows is a multiple of the groups: every lane of a warp makes the same number of turns and reaches group_sum.
+#pragma unroll 2
+    for (int k = at.group; k < kRows; k += at.groups) {
+      const int64_t i = first_row + k;
+      A row = 0;
+      if (i < d && column < r) {
+        A x[N], y[N];
+        load(u + i * r + column, x);
+        load(p + i * r + column, y);
+        const A scale = A(1) + o[i];
+#pragma unroll
+        for (int e = 0; e < N; ++e) {
+          const A product = x[e] * y[e];
+          sum[e] = multiply_add(scale, product, sum[e]);
+          row = multiply_add(product, start[e], row);
+        }
+      }
+      if (d_o) {
+        row = group_sum(row, at.lanes);
+        if (at.lane == 0) row_sums[k] += row;
+      }
+    }
+
+    if (partial) {
+      store(sum, columns + at.group * tile + at.lane * N);
+      __syncthreads();
+      const int j = threadIdx.x;  // a tile has at most kThreads columns
+      if (j < tile && first + j < r) {
+        partial[blockIdx.x * r + first + j] = strided_sum(columns + j, at.groups, tile);
+      }
+      __syncthreads();  // the next tile writes over these columns
+    }
+  }
+  if (d_o && at.lane == 0) {
+    for (int k = at.group; k < kRows && first_row + k < d; k += at.groups) d_o[first_row + k] = row_sums[k];
+  }
+}
+
+// ds[j] = sum_b partial[b, j]. A block owns kFinishColumns columns; each of its slices of threads adds every
+// slices-th row, then the slices are added in order.
+template <class A>
+__global__ void __launch_bounds__(kThreads)
+    fold_backward_finish_kernel(const A* __restrict__ partial, A* __restrict__ ds, int64_t blocks, int64_t r) {
+  constexpr int kSlices = kThreads / kFinishColumns;
+  A* const slices = dynamic_shared<A>();  // [kSlices, kFinishColumns]
+  const int column = threadIdx.x % kFinishColumns, slice = threadIdx.x / kFinishColumns;
+  const int64_t j = int64_t{blockIdx.x} * kFinishColumns + column;
+  A sum = 0;
+  if (j < r && slice < blocks) {
+    sum = strided_sum(partial + slice * r + j, (blocks - slice + kSlices - 1) / kSlices, kSlices * r);
+  }
+  slices[threadIdx.x] = sum;
+  __syncthreads();
+  if (slice == 0 && j < r) ds[j] = strided_sum(slices + column, kSlices, kFinishColumns);
+}
+
+template <class... Pointers>
+bool aligned(Pointers... pointers) {
+  return ((reinterpret_cast<uintptr_t>(pointers) % 16 == 0) && ...);
+}
+
+// The fewest lanes that cover r columns with N each, within one warp.
+template <int N>
+Layout layout_for(int64_t r, bool packed_vectors) {
+  int log2_lanes = kLog2MinLanes;
+  while ((1 << log2_lanes) < kWarp && (int64_t{N} << log2_lanes) < r) ++log2_lanes;
+  return {log2_lanes, packed_vectors};
+}
+
+int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+template <int N, class T, class A = accumulate_t<T>>
+void launch_fold(const T* u, const A* s0, const A* s, const A* o, T* d_out, int64_t d, int64_t r, cudaStream_t stream) {
+  const auto layout = layout_for<N>(r, aligned(s0, s));
+  const int64_t tiles = ceil_div(r, N << layout.log2_lanes), row_blocks = ceil_div(d, kThreads >> layout.log2_lanes);
+  const int64_t most = std::max<int64_t>(1, kMaxFoldBlocks / tiles);
+  launch(fold_kernel<N, T, A>, dim3(std::min(row_blocks, most), tiles), dim3(kThreads), 0, stream, u, s0, s, o, d_out,
+         d, r, layout);
+}
+
+template <int N, class T, class A = accumulate_t<T>>
+void launch_fold_backward(const T* u, const A* p, const A* s0, const A* s, const A* o, A* d_o, A* partial, int64_t d,
+                          int64_t r, cudaStream_t stream) {
+  const auto layout = layout_for<N>(r, aligned(s0, s));
+  launch(fold_backward_kernel<N, T, A>, dim3(fold_backward_blocks(d)), dim3(kThreads),
+         (kThreads * N + kRows) * sizeof(A), stream, u, p, s0, s, o, d_o, partial, d, r, layout);
+}
+
+}  // namespace
+
+template <class T>
+void fold(const T* u, const accumulate_t<T>* s0, const accumulate_t<T>* s, const accumulate_t<T>* o, T* d_out,
+          int64_t d, int64_t r, cudaStream_t stream) {
+  if (d == 0 || r == 0) return;
+  if (r % kPerPack<T> == 0 && aligned(u, d_out)) {
+    launch_fold<kPerPack<T>>(u, s0, s, o, d_out, d, r, stream);
+  } else {
+    launch_fold<1>(u, s0, s, o, d_out, d, r, stream);
+  }
+}
+
+int64_t fold_backward_blocks(int64_t d) { return ceil_div(d, kRows); }
+
+template <class T>
+void fold_backward(const T* u, const accumulate_t<T>* p, const accumulate_t<T>* s0, const accumulate_t<T>* s,
+                   const accumulate_t<T>* o, accumulate_t<T>* ds, accumulate_t<T>* d_o, accumulate_t<T>* partial,
+                   int64_t d, int64_t r, cudaStream_t stream) {
+  using A = accumulate_t<T>;
+  if (!ds) partial = nullptr;
+  if (d > 0 && (d_o || (ds && r > 0))) {
+    if (r % kPerPack<T> == 0 && aligned(u, p)) {
+      launch_fold_backward<kPerPack<T>>(u, p, s0, s, o, d_o, partial, d, r, stream);
+    } else {
+      launch_fold_backward<1>(u, p, s0, s, o, d_o, partial, d, r, stream);
+    }
+  }
+  if (ds && r > 0) {
+    launch(fold_backward_finish_kernel<A>, dim3(ceil_div(r, kFinishColumns)), dim3(kThreads), kThreads * sizeof(A),
+           stream, partial, ds, fold_backward_blocks(d), r);
+  }
+}
+
+#define OSORA_INSTANTIATE_FOLD(T)                                                                                    \
+  template void fold(const T*, const accumulate_t<T>*, const accumulate_t<T>*, const accumulate_t<T>*, T*, int64_t,  \
+                     int64_t, cudaStream_t);                                                                         \
+  template void fold_backward(const T*, const accumulate_t<T>*, const accumulate_t<T>*, const accumulate_t<T>*,      \
+                              const accumulate_t<T>*, accumulate_t<T>*, accumulate_t<T>*, accumulate_t<T>*, int64_t, \
+                              int64_t, cudaStream_t);
+OSORA_INSTANTIATE_FOLD(double)
+OSORA_INSTANTIATE_FOLD(float)
+OSORA_INSTANTIATE_FOLD(__nv_bfloat16)
+OSORA_INSTANTIATE_FOLD(__half)
+#undef OSORA_INSTANTIATE_FOLD
+
+}  // namespace osora::cuda
