@@ -1,0 +1,32 @@
+# SPDX-License-Identifier: Apache-2.0
+"""SVD-initialised fine-tuning that never touches the base weight. Start with README.md or :func:`attach`."""
+
+from osora._load import _C
+from osora.checkpoint import AdapterError, load_adapter, save_adapter
+from osora.config import OsoraConfig
+from osora.factors import ConvergenceError, TruncatedSVD, truncated_svd
+from osora.merge import merge, unmerge
+from osora.patch import Summary, adapter_parameters, attach, detach, disabled, summary
+
+build_info = _C.build_info
+__version__ = build_info()["version"]
+
+__all__ = [
+    "AdapterError",
+    "ConvergenceError",
+    "OsoraConfig",
+    "Summary",
+    "TruncatedSVD",
+    "__version__",
+    "adapter_parameters",
+    "attach",
+    "build_info",
+    "detach",
+    "disabled",
+    "load_adapter",
+    "merge",
+    "save_adapter",
+    "summary",
+    "truncated_svd",
+    "unmerge",
+]

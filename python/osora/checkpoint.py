@@ -1,0 +1,379 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Adapters on disk: ``adapter_config.json`` and ``adapter_model.safetensors`` (docs/format.md).
+
+With its basis an adapter stands alone. Without it, it is o, s and the singular values, and loading decomposes the base
+weights again; either way the base is checked to be the one the adapter was trained on.
+"""
+
+import hashlib
+import json
+import math
+import os
+import tempfile
+import time
+import warnings
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from osora import fingerprint, ops
+from osora.config import OsoraConfig
+from osora.factors import Decomposition
+from osora.layers import OsoraLinear, oriented_weight
+from osora.patch import (
+    Target,
+    adapted_layers,
+    check_is_linear,
+    decompose_targets,
+    install,
+    refuse_if_adapted,
+    state_of,
+)
+
+FORMAT_VERSION = 1
+CONFIG_FILE = "adapter_config.json"
+TENSOR_FILE = "adapter_model.safetensors"
+SINGULAR_VALUES = "singular_values"  # of all modules, one after the other: a tensor each would cost more in headers
+_MODULE_FIELDS = {
+    "name": str,
+    "rank": int,
+    "out_features": int,
+    "in_features": int,
+    "dtype": str,
+    "weight_sha256": str,
+    "weight_sketch": list,
+    "delta_sketch": list,
+    "basis_sketch": list,
+    "max_residual": float,
+    "passes": int,
+    "converged": bool,
+    "method": str,
+}
+
+
+class AdapterError(ValueError):
+    """An adapter that cannot be loaded as it is: damaged, of another format, or made for another base."""
+
+
+# -- save ------------------------------------------------------------------------------------------------------------
+
+
+def _write_atomically(path: Path, write: Callable[[Path], object]) -> None:
+    """Write to a temporary name in the same folder, then rename: a reader never meets half a file."""
+    handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    os.close(handle)
+    try:
+        write(Path(temporary))
+        with open(temporary, "rb") as file:
+            os.fsync(file.fileno())
+        mask = os.umask(0)
+        os.umask(mask)
+        os.chmod(temporary, 0o666 & ~mask)  # mkstemp's 0600 would keep a group from reading the adapter
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+def _file_sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _digest(file)
+
+
+def _digest(file: Any) -> str:
+    digest = hashlib.sha256()
+    while block := file.read(2**20):
+        digest.update(block)
+    return digest.hexdigest()
+
+
+def _base_weight(layer: OsoraLinear) -> Tensor:
+    """[out, in]; the kept one while the layer is merged."""
+    return oriented_weight(layer.base_layer) if not layer.merged else layer.kept_weight()
+
+
+def _delta_factors(layer: OsoraLinear) -> tuple[Tensor, Tensor]:
+    exact = layer.S0.dtype
+    with torch.no_grad():
+        return ops.fold(layer.U.to(exact), layer.S0, layer.s.to(exact), layer.o.to(exact)), layer.V
+
+
+def _describe(name: str, layer: OsoraLinear) -> dict[str, Any]:
+    weight = _base_weight(layer)
+    return {
+        "name": name,
+        "rank": layer.rank,
+        "out_features": layer.out_features,
+        "in_features": layer.in_features,
+        "dtype": str(weight.dtype).removeprefix("torch."),
+        "weight_sha256": fingerprint.weight_digest(weight),
+        "weight_sketch": fingerprint.weight_sketch(weight, name),
+        "delta_sketch": fingerprint.factored_sketch(*_delta_factors(layer), name),
+        "basis_sketch": fingerprint.factored_sketch(layer.U * layer.S0, layer.V, name),
+        "max_residual": layer.max_residual,
+        "passes": layer.passes,
+        "converged": layer.converged,
+        "method": layer.method,
+    }
+
+
+def save_adapter(model: nn.Module, folder: str | os.PathLike[str], *, save_basis: bool = True) -> None:
+    """Write the model's adapter to ``folder``, which is made if need be.
+
+    Args:
+        model: a model with an adapter, merged or not.
+        folder: gets ``adapter_model.safetensors`` and ``adapter_config.json``, each written whole or not at all.
+        save_basis: store U and V, in the base weight's dtype. Without them the file is a few kilobytes to megabytes
+            and loading computes them again from the base; decompose with ``tol <= 1e-4`` then, so that another
+            machine finds the same basis.
+
+    Raises:
+        ValueError: no adapter, or NaN or infinite values in it.
+        OSError: the folder cannot be written.
+    """
+    state, layers = state_of(model), adapted_layers(model)
+    tensors: dict[str, Tensor] = {}
+    for name, layer in layers.items():
+        for key in ("o", "s", *(("U", "V") if save_basis else ())):
+            value = getattr(layer, key).detach()
+            if key in "os":
+                value = value.to(layer.S0.dtype)
+            if not bool(value.isfinite().all()):
+                raise ValueError(f"{name}.{key} has NaN or infinite values; the adapter is not saved")
+            tensors[f"{name}.{key}"] = value.to("cpu").contiguous()
+    values = [layer.S0.detach().cpu() for layer in layers.values()]
+    tensors[SINGULAR_VALUES] = torch.cat([v.to(torch.promote_types(v.dtype, values[0].dtype)) for v in values])
+    if not save_basis and state.config.tol > 1e-4:
+        warnings.warn(
+            f"saving without the basis, which was decomposed with tol={state.config.tol:g}: another machine may find "
+            "one that differs by as much, and refuse the adapter; attach with OsoraConfig(tol=1e-4) to be safe",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+    with ThreadPoolExecutor(max(1, torch.get_num_threads())) as pool:  # hashing leaves the interpreter's lock
+        modules = list(pool.map(lambda item: _describe(*item), layers.items()))
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    _write_atomically(folder / TENSOR_FILE, lambda path: save_file(tensors, path, metadata={"format": "pt"}))
+    config = {
+        "method": "osora",
+        "format_version": FORMAT_VERSION,
+        "config": state.config.to_dict(),
+        "save_basis": save_basis,
+        "tensors_sha256": _file_sha256(folder / TENSOR_FILE),
+        "modules": modules,
+    }
+    text = json.dumps(config, indent=1, allow_nan=False) + "\n"
+    _write_atomically(folder / CONFIG_FILE, lambda path: path.write_text(text, encoding="utf-8"))
+
+
+# -- load ------------------------------------------------------------------------------------------------------------
+
+
+def _is_sketch(value: Any) -> bool:
+    return len(value) == fingerprint.PROBES and all(isinstance(v, int | float) and math.isfinite(v) for v in value)
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise FileNotFoundError(f"no adapter here: {path} does not exist")
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise AdapterError(f"{path} is not valid JSON: {error}") from error
+    if not isinstance(config, dict) or config.get("method") != "osora":
+        method = config.get("method", config.get("peft_type")) if isinstance(config, dict) else None
+        raise AdapterError(f"{path} describes no osora adapter: method is {method!r}")
+    if config.get("format_version") != FORMAT_VERSION:
+        raise AdapterError(
+            f"{path} has format_version {config.get('format_version')!r}, this osora reads {FORMAT_VERSION}: "
+            "use the version of osora that wrote it, or a newer one"
+        )
+    for key, kind in {"config": dict, "save_basis": bool, "tensors_sha256": str, "modules": list}.items():
+        if not isinstance(config.get(key), kind):
+            raise AdapterError(f"{path}: {key} is missing or no {kind.__name__}")
+    if not config["modules"]:
+        raise AdapterError(f"{path}: modules is empty")
+    for module in config["modules"]:
+        for key, kind in _MODULE_FIELDS.items():
+            value = module.get(key) if isinstance(module, dict) else None
+            if not isinstance(value, kind) and not (kind is float and isinstance(value, int)):
+                raise AdapterError(f"{path}: a module's {key} is missing or no {kind.__name__}")
+            if kind is list and not _is_sketch(value):
+                raise AdapterError(f"{path}: a module's {key} must be {fingerprint.PROBES} finite numbers")
+    names = [module["name"] for module in config["modules"]]
+    if len(set(names)) != len(names):
+        raise AdapterError(f"{path}: a module is listed twice")
+    return config
+
+
+def _read_tensors(path: Path, config: Mapping[str, Any]) -> dict[str, Tensor]:
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} does not exist, though {CONFIG_FILE} does")
+    if _file_sha256(path) != config["tensors_sha256"]:
+        raise AdapterError(f"{path} is damaged, or not the file {CONFIG_FILE} was written with: its SHA-256 differs")
+    try:
+        with safe_open(path, framework="pt") as file:
+            tensors = {key: file.get_tensor(key) for key in file.keys()}
+    except (SafetensorError, OSError) as error:
+        raise AdapterError(f"{path} is no readable safetensors file: {error}") from error
+    shapes: dict[str, tuple[int, ...]] = {}
+    for module in config["modules"]:
+        name, r, d, k = module["name"], module["rank"], module["out_features"], module["in_features"]
+        shapes |= {f"{name}.o": (d,), f"{name}.s": (r,)}
+        if config["save_basis"]:
+            shapes |= {f"{name}.U": (d, r), f"{name}.V": (k, r)}
+    shapes[SINGULAR_VALUES] = (sum(module["rank"] for module in config["modules"]),)
+    if missing := sorted(set(shapes) - set(tensors)):
+        raise AdapterError(f"{path} lacks {len(missing)} tensors, the first of which is {missing[0]}")
+    if extra := sorted(set(tensors) - set(shapes)):
+        raise AdapterError(f"{path} has {len(extra)} tensors {CONFIG_FILE} does not name, the first is {extra[0]}")
+    for key, tensor in tensors.items():
+        if tuple(tensor.shape) != shapes[key]:
+            raise AdapterError(f"{path}: {key} must have shape {list(shapes[key])}, got {list(tensor.shape)}")
+        if not tensor.is_floating_point() or not bool(tensor.isfinite().all()):
+            raise AdapterError(f"{path}: {key} must hold finite floating-point values ({tensor.dtype})")
+    return tensors
+
+
+def _find_module(model: nn.Module, described: Mapping[str, Any]) -> nn.Module:
+    name = described["name"]
+    try:
+        module = model.get_submodule(name)
+    except AttributeError as error:
+        raise AdapterError(f"the adapter is for {name}, which this model does not have") from error
+    check_is_linear(name, module)
+    shape, wanted = tuple(oriented_weight(module).shape), (described["out_features"], described["in_features"])
+    if shape != wanted:
+        raise AdapterError(f"the adapter's {name} is {list(wanted)}, this model's is {list(shape)}")
+    return module
+
+
+def _check_base(described: Mapping[str, Any], weight: Tensor) -> str | None:
+    """None if the weight is the saved one; else what is different, or raise if it is another weight."""
+    name = described["name"]
+    if fingerprint.weight_digest(weight) == described["weight_sha256"]:
+        return None
+    saved = getattr(torch, described["dtype"], None)
+    refusal = AdapterError(
+        f"the base weight {name} is not the one this adapter was trained on: load it on its own base model "
+        f"(dtype {described['dtype']})"
+    )
+    if not isinstance(saved, torch.dtype) or saved == weight.dtype:
+        raise refusal
+    # Another dtype: the same weight, rounded? Each of the sketch's numbers then moves by the rounding alone.
+    allowed = 6 * max(fingerprint.rounding_unit(saved), fingerprint.rounding_unit(weight.dtype))
+    now = fingerprint.weight_sketch(weight, name)
+    if max(abs(a - b) for a, b in zip(now, described["weight_sketch"], strict=True)) > allowed:
+        raise refusal
+    return f"{described['dtype']} then, {str(weight.dtype).removeprefix('torch.')} now"
+
+
+def _check_all_bases(described: list[dict[str, Any]], weights: list[Tensor]) -> None:
+    with ThreadPoolExecutor(max(1, torch.get_num_threads())) as pool:
+        differences = [d for d in pool.map(_check_base, described, weights) if d is not None]
+    if differences:
+        warnings.warn(
+            f"{len(differences)} base weights were rounded to another dtype since the adapter was saved "
+            f"({differences[0]}); its function is the same up to that rounding",
+            RuntimeWarning,
+            stacklevel=3,
+        )
+
+
+def _check_rebuilt(described: Mapping[str, Any], layer: OsoraLinear, tol: float) -> None:
+    """Raise if a basis computed again is not the one the adapter was trained in, judged by what it does to W and ΔW."""
+    name = described["name"]
+    left, right = _delta_factors(layer)
+    # A rebuilt trained change differs by up to 10 tol where singular values are close (docs/svd.md, "Rebuilding").
+    allowed = max(1e-4, 10 * tol)
+    start = layer.U * layer.S0
+    for key, now, scale in (
+        ("basis_sketch", fingerprint.factored_sketch(start, layer.V, name), fingerprint.factored_norm(start, layer.V)),
+        ("delta_sketch", fingerprint.factored_sketch(left, right, name), fingerprint.factored_norm(left, right)),
+    ):
+        off = max(abs(a - b) for a, b in zip(now, described[key], strict=True))
+        if off > allowed * scale + 1e-12:
+            raise AdapterError(
+                f"{name}: the basis computed again is not the adapter's ({key} off by {off / (scale or 1):.1e}, "
+                f"allowed {allowed:.1e}): the adapter must be saved with save_basis=True for this machine"
+            )
+
+
+def load_adapter(model: nn.Module, folder: str | os.PathLike[str], *, progress: bool | None = None) -> nn.Module:
+    """Put a saved adapter on its base model, in place. If anything is wrong, the model is left as it was.
+
+    Args:
+        model: the base model the adapter was trained on; another dtype of it is accepted with a warning.
+        folder: what :func:`save_adapter` wrote.
+        progress: a progress bar while a basis is computed again; by default only on a terminal.
+
+    Returns:
+        ``model`` itself, with o and s trainable and everything else frozen.
+
+    Raises:
+        FileNotFoundError: no adapter in ``folder``.
+        AdapterError: a damaged or foreign file; another base; a basis that cannot be computed again.
+        ValueError: the model has an adapter already.
+    """
+    folder = Path(folder)
+    began = time.perf_counter()
+    refuse_if_adapted(model)
+    description = _read_config(folder / CONFIG_FILE)
+    tensors = _read_tensors(folder / TENSOR_FILE, description)
+    try:
+        config = OsoraConfig.from_dict(description["config"])
+    except (TypeError, ValueError) as error:
+        raise AdapterError(f"{folder / CONFIG_FILE}: {error}") from error
+    modules = {item["name"]: item for item in description["modules"]}
+    names_of: dict[int, list[str]] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        names_of.setdefault(id(module), []).append(name)
+    targets = []
+    for item in modules.values():
+        module = _find_module(model, item)
+        names = sorted(names_of[id(module)], key=lambda name: name != item["name"])
+        targets.append(Target(tuple(names), module, item["rank"]))
+    _check_all_bases(list(modules.values()), [oriented_weight(target.module) for target in targets])
+
+    S0 = dict(zip(modules, tensors[SINGULAR_VALUES].split([m["rank"] for m in modules.values()]), strict=True))
+    if description["save_basis"]:
+        found = [(target, _stored_factors(modules[target.name], tensors, S0[target.name])) for target in targets]
+    else:
+        found = list(decompose_targets(targets, config, unconverged="warn", progress=progress))
+    layers = []
+    for target, factors in found:
+        item = modules[target.name]
+        layer = OsoraLinear(target.module, factors, config.dropout)
+        with torch.no_grad():
+            layer.o.copy_(tensors[f"{target.name}.o"])
+            layer.s.copy_(tensors[f"{target.name}.s"])
+            layer.S0.copy_(S0[target.name])
+        if not description["save_basis"]:
+            _check_rebuilt(item, layer, config.tol)
+        layers.append((target, layer))
+    order = {name: i for i, name in enumerate(modules)}
+    layers.sort(key=lambda pair: order[pair[0].name])
+    install(model, layers, config, time.perf_counter() - began)
+    return model
+
+
+def _stored_factors(described: Mapping[str, Any], tensors: Mapping[str, Tensor], S0: Tensor) -> Decomposition:
+    name = described["name"]
+    residuals = torch.full((described["rank"],), float(described["max_residual"]), dtype=torch.float64)
+    return Decomposition(
+        name,
+        tensors[f"{name}.U"],
+        S0,
+        tensors[f"{name}.V"],
+        residuals,
+        described["converged"],
+        described["passes"],
+        described["method"],
+    )

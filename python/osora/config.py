@@ -1,0 +1,118 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What an adapter is asked to be. A wrong value fails where it is written, and says what it was."""
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any
+
+ALL_LINEAR = "all-linear"
+
+
+def _check_regex(where: str, pattern: str) -> None:
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        raise ValueError(f"{where}: {pattern!r} is not a regular expression: {error}") from error
+
+
+def _checked_names(where: str, value: Any) -> str | tuple[str, ...]:
+    """A regular expression, or names that module names end in."""
+    if isinstance(value, str):
+        _check_regex(where, value)
+        return value
+    if isinstance(value, Sequence | set | frozenset) and value and all(isinstance(n, str) and n for n in value):
+        return tuple(sorted(value)) if isinstance(value, set | frozenset) else tuple(value)
+    raise TypeError(f"{where} must be a regular expression or a non-empty list of module names, got {value!r}")
+
+
+def _checked_int(where: str, value: Any, least: int) -> int:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{where} must be an int, got {value!r}")
+    if value < least:
+        raise ValueError(f"{where} must be at least {least}, got {value}")
+    return value
+
+
+@dataclass(frozen=True)
+class OsoraConfig:
+    """OSoRA: which linear layers are adapted, and how (docs/method.md).
+
+    Args:
+        r: rank, the number of singular triplets a layer trains on. Clipped to min(out_features, in_features) per
+            module, with a note in the summary.
+        target_modules: "all-linear" (every linear layer except the output head), names that module names end in
+            (``["q_proj", "v_proj"]``), or one regular expression for whole module names.
+        exclude_modules: names or a regular expression, taken away from the targets.
+        dropout: probability with which entries of x are dropped on the adapter's branch while training, 0 <= p < 1.
+            The branch carries the principal part of the weight, so 0 is the default.
+        tol: largest residual allowed for a singular triplet, see :func:`osora.truncated_svd`. Use 1e-4 or less to save
+            adapters without their basis.
+        seed: of the decomposition's random start.
+        rank_pattern: module name or regular expression → rank, for modules that differ from ``r``.
+        layers_to_transform: only layers with these indices (the first number in a module's name).
+
+    Raises:
+        TypeError, ValueError: a value of the wrong type or out of range, naming it.
+    """
+
+    r: int = 64
+    target_modules: str | Sequence[str] = ALL_LINEAR
+    exclude_modules: str | Sequence[str] | None = None
+    dropout: float = 0.0
+    tol: float = 1e-3
+    seed: int = 0
+    rank_pattern: Mapping[str, int] = field(default_factory=dict)
+    layers_to_transform: int | Sequence[int] | None = None
+
+    def __post_init__(self) -> None:
+        """Check every field and bring it to one form."""
+        put = lambda name, value: object.__setattr__(self, name, value)  # noqa: E731  (the dataclass is frozen)
+        _checked_int("r", self.r, 1)
+        _checked_int("seed", self.seed, 0)
+        if self.seed >= 2**63:
+            raise ValueError(f"seed must be below 2**63, got {self.seed}")
+        put("target_modules", _checked_names("target_modules", self.target_modules))
+        if self.exclude_modules is not None:
+            put("exclude_modules", _checked_names("exclude_modules", self.exclude_modules))
+        for name in ("dropout", "tol"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+                raise TypeError(f"{name} must be a finite number, got {value!r}")
+            put(name, float(value))
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout must be in 0 <= p < 1, got {self.dropout}")
+        if self.tol <= 0:
+            raise ValueError(f"tol must be positive, got {self.tol}")
+        if not isinstance(self.rank_pattern, Mapping):
+            raise TypeError(f"rank_pattern must map module names to ranks, got {self.rank_pattern!r}")
+        for pattern, rank in self.rank_pattern.items():
+            _check_regex("rank_pattern", pattern)
+            _checked_int(f"rank_pattern[{pattern!r}]", rank, 1)
+        put("rank_pattern", dict(self.rank_pattern))
+        if self.layers_to_transform is not None:
+            layers = self.layers_to_transform
+            layers = (layers,) if isinstance(layers, int) else tuple(layers)
+            if not layers:
+                raise ValueError("layers_to_transform must not be empty; leave it out to adapt every layer")
+            put("layers_to_transform", tuple(_checked_int("layers_to_transform", n, 0) for n in layers))
+
+    def rank_for(self, name: str) -> int:
+        """The rank asked for the module ``name``, before clipping; the first pattern that matches wins."""
+        for pattern, rank in self.rank_pattern.items():
+            if re.fullmatch(rf"(.*\.)?(?:{pattern})", name):
+                return rank
+        return self.r
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values that json can write; :meth:`from_dict` is the way back."""
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(self).items()}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> "OsoraConfig":
+        """Raise ValueError for a key this version does not know, which it would otherwise ignore in silence."""
+        known = {f.name for f in fields(cls)}
+        if unknown := sorted(set(values) - known):
+            raise ValueError(f"OsoraConfig has no field {', '.join(unknown)}; it has {', '.join(sorted(known))}")
+        return cls(**values)

@@ -1,0 +1,64 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Short proofs that a weight, a basis or a trained change is the one an adapter was saved with.
+
+A digest tells whether a weight is the same to the last bit; a sketch, a few random projections, tells how far another
+one is. Signs come from SHAKE-256 of a label, so they are the same on every machine and with every library version.
+"""
+
+import hashlib
+import math
+
+import numpy as np
+import torch
+from torch import Tensor
+
+PROBES = 4
+
+
+def _signs(label: str, size: int) -> Tensor:
+    """``size`` values ±1 that depend on the label alone, in float64."""
+    packed = np.frombuffer(hashlib.shake_256(label.encode()).digest((size + 7) // 8), dtype=np.uint8)
+    return torch.from_numpy(np.unpackbits(packed)[:size].astype(np.float64) * 2 - 1)
+
+
+def weight_digest(weight: Tensor) -> str:
+    """SHA-256 of a weight's values in float32 (float64 for float64), row by row.
+
+    A bfloat16 weight and the float32 weight loaded from it have equal values, and so one digest.
+    """
+    digest = hashlib.sha256()
+    dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
+    rows = max(1, 2**22 // max(1, weight.shape[1]))  # some 16 MB at a time
+    for begin in range(0, weight.shape[0], rows):
+        part = weight.detach()[begin : begin + rows].to(device="cpu", dtype=dtype).contiguous()
+        digest.update(part.numpy().data)
+    return digest.hexdigest()
+
+
+def weight_sketch(weight: Tensor, name: str) -> list[float]:
+    """``gᵢᵀ W hᵢ / ‖W‖_F`` for fixed sign vectors g, h: about N(0, 1) each."""
+    norm = float(torch.linalg.vector_norm(weight.detach(), dtype=torch.float64)) or 1.0
+    exact = weight.detach().to(device="cpu", dtype=torch.float64 if weight.dtype == torch.float64 else torch.float32)
+    h = torch.stack([_signs(f"{name}|h{i}", weight.shape[1]) for i in range(PROBES)], 1).to(exact.dtype)
+    image = (exact @ h).to(torch.float64)
+    return [float(_signs(f"{name}|g{i}", weight.shape[0]) @ image[:, i]) / norm for i in range(PROBES)]
+
+
+def factored_sketch(left: Tensor, right: Tensor, name: str) -> list[float]:
+    """The sketch ``gᵢᵀ (left rightᵀ) hᵢ`` of a product of factors [d, r] and [k, r], not scaled."""
+    left, right = left.detach().to("cpu", torch.float64), right.detach().to("cpu", torch.float64)
+    return [
+        float((_signs(f"{name}|g{i}", left.shape[0]) @ left) @ (_signs(f"{name}|h{i}", right.shape[0]) @ right))
+        for i in range(PROBES)
+    ]
+
+
+def factored_norm(left: Tensor, right: Tensor) -> float:
+    """``‖left rightᵀ‖_F`` without forming the product."""
+    left, right = left.detach().to("cpu", torch.float64), right.detach().to("cpu", torch.float64)
+    return math.sqrt(max(0.0, float(((left.t() @ left) * (right.t() @ right)).sum())))
+
+
+def rounding_unit(dtype: torch.dtype) -> float:
+    """Root mean square relative error of rounding to ``dtype``."""
+    return torch.finfo(dtype).eps / 2 / math.sqrt(3)

@@ -1,0 +1,164 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The adapted linear layer: its base layer untouched, a frozen basis, and two trained vectors."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from osora import ops, reference
+from osora.factors import Decomposition
+
+
+def is_conv1d(module: nn.Module) -> bool:
+    """Whether it is GPT-2's ``Conv1D`` of transformers: a linear layer that stores its weight as [in, out]."""
+    kind = type(module)
+    return kind.__name__ == "Conv1D" and kind.__module__.startswith("transformers.")
+
+
+def oriented_weight(module: nn.Module) -> Tensor:
+    """The weight as [out_features, in_features], a view for ``Conv1D``."""
+    weight = module.weight
+    assert isinstance(weight, Tensor)
+    return weight.t() if is_conv1d(module) else weight
+
+
+class OsoraLinear(nn.Module):
+    """``y = base_layer(x) + (x V) Dᵀ`` with ``D = U ⊙ (o (S0 + s) + s)``; see docs/method.md.
+
+    ``o`` [d] and ``s`` [r] are the trained changes of the output scales and of the singular values, in float32
+    (float64 for a float64 base) and zero at the start, where the layer is its base exactly. ``U`` [d, r] and ``V``
+    [k, r] have the base weight's dtype, ``S0`` [r] that of o and s. The base weight is never written.
+
+    Args:
+        base_layer: ``torch.nn.Linear`` or transformers' ``Conv1D``.
+        factors: the top singular triplets of its weight.
+        dropout: probability on the adapter branch's x while training.
+    """
+
+    U: Tensor
+    V: Tensor
+    S0: Tensor
+
+    def __init__(self, base_layer: nn.Module, factors: Decomposition, dropout: float = 0.0) -> None:
+        """Take the frozen basis from ``factors``, on the base weight's device and in its dtype."""
+        super().__init__()
+        weight = oriented_weight(base_layer)
+        self.base_layer = base_layer
+        self.out_features, self.in_features = weight.shape
+        self.rank = factors.S.numel()
+        self.method, self.passes, self.converged = factors.method, factors.passes, factors.converged
+        self.max_residual = factors.max_residual
+        self.dropout = dropout
+        self.enabled = True
+        exact, device = reference.accumulate_dtype(weight.dtype), weight.device
+        # contiguous: the operator reads both row by row, and safetensors stores nothing else
+        self.register_buffer("U", factors.U.detach().to(weight).contiguous())
+        self.register_buffer("V", factors.V.detach().to(weight).contiguous())
+        self.register_buffer("S0", factors.S.detach().to(device, exact))
+        self.o = nn.Parameter(torch.zeros(self.out_features, dtype=exact, device=device))
+        self.s = nn.Parameter(torch.zeros(self.rank, dtype=exact, device=device))
+        self._kept: list[nn.Parameter] = []  # the base weight while a merged one stands in its place
+        self.train(base_layer.training)
+
+    @property
+    def weight(self) -> Tensor:
+        """The base layer's weight, as models that look at ``layer.weight`` expect."""
+        return self.base_layer.weight  # type: ignore[return-value]
+
+    @property
+    def bias(self) -> Tensor | None:
+        """The base layer's bias."""
+        return self.base_layer.bias  # type: ignore[return-value]
+
+    @property
+    def merged(self) -> bool:
+        """Whether the base layer holds the merged weight now."""
+        return bool(self._kept)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., in_features] → [..., out_features]."""
+        if self.merged or not self.enabled:
+            return self.base_layer(x)
+        if (self.training and self.dropout > 0) or _has_hooks(self.base_layer):
+            branch = nn.functional.dropout(x, self.dropout, self.training)
+            return self.base_layer(x) + ops.linear(branch, None, None, self.U, self.V, self.S0, self.s, self.o)
+        return ops.linear(x, oriented_weight(self.base_layer), self.bias, self.U, self.V, self.S0, self.s, self.o)
+
+    @torch.no_grad()
+    def delta_weight(self) -> Tensor:
+        """``ΔW = D Vᵀ`` [out_features, in_features], in float32 (float64 for a float64 base)."""
+        exact = self.S0.dtype
+        return ops.fold(self.U.to(exact), self.S0, self.s.to(exact), self.o.to(exact)) @ self.V.to(exact).t()
+
+    @torch.no_grad()
+    def merge(self) -> None:
+        """Put ``W0 + ΔW``, summed in float32 and rounded once, in the base weight's place; the base weight is kept.
+
+        Raises:
+            ValueError: already merged, or the sum has NaN or infinite entries; nothing is changed then.
+        """
+        if self.merged:
+            raise ValueError("the adapter is merged already")
+        base = self.base_layer.weight
+        assert isinstance(base, nn.Parameter)
+        total = oriented_weight(self.base_layer).to(self.S0.dtype) + self.delta_weight()
+        merged = total.to(base.dtype)
+        if not bool(merged.isfinite().all()):
+            raise ValueError(f"merging gives NaN or infinite weights in {base.dtype}")
+        if is_conv1d(self.base_layer):
+            merged = merged.t().contiguous()
+        self.base_layer.weight = nn.Parameter(merged, requires_grad=False)
+        self._kept.append(base)
+
+    def unmerge(self) -> None:
+        """Put the kept base weight back: the same tensor, bit for bit. Raises ValueError if it is not merged."""
+        if not self.merged:
+            raise ValueError("the adapter is not merged")
+        self.base_layer.weight = self._kept.pop()
+
+    def kept_weight(self) -> Tensor:
+        """The base weight [out_features, in_features] behind a merged one."""
+        return self._kept[0].t() if is_conv1d(self.base_layer) else self._kept[0]
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "OsoraLinear":
+        """Moves and casts as any module, with two rules: the kept base follows, and o, s and S0 lose no digit.
+
+        ``model.to(torch.bfloat16)`` would round S0, and so move the starting point; it casts U and V alone.
+        """
+        exact_before = {name: getattr(self, name).detach() for name in ("o", "s", "S0")}
+        for kept in self._kept:
+            kept.data = fn(kept.data)
+        super()._apply(fn, recurse)
+        dtype = reference.accumulate_dtype(self.U.dtype)
+        for name, before in exact_before.items():
+            now = getattr(self, name)
+            if now.dtype == before.dtype == dtype:
+                continue
+            restored = before.to(device=now.device, dtype=dtype)
+            if name == "S0":
+                self.S0 = restored
+            else:
+                grad, now.grad = now.grad, None  # a gradient of another dtype would refuse the assignment
+                now.data = restored
+                now.grad = None if grad is None else grad.to(dtype)
+        return self
+
+    def extra_repr(self) -> str:
+        """Sizes and state, for ``print(model)``."""
+        parts = [f"in_features={self.in_features}", f"out_features={self.out_features}", f"rank={self.rank}"]
+        if self.dropout:
+            parts.append(f"dropout={self.dropout}")
+        parts.append(f"max_residual={self.max_residual:.1e}")
+        if self.merged:
+            parts.append("merged")
+        if not self.enabled:
+            parts.append("disabled")
+        return ", ".join(parts)
+
+
+def _has_hooks(module: nn.Module) -> bool:
+    """Whether calling the module does more than its forward: hooks of a user, or of accelerate."""
+    hooked: Any = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks
+    return bool(hooked) or "forward" in module.__dict__

@@ -1,0 +1,51 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The adapter folded into the weights of a whole model, and back."""
+
+from torch import nn
+
+from osora.layers import OsoraLinear
+from osora.patch import adapted_layers, state_of
+
+
+def merge(model: nn.Module) -> nn.Module:
+    """Put ``W0 + D Vᵀ``, summed in float32 and rounded once, in every adapted layer: forward costs what the base does.
+
+    The base weights are kept beside the merged ones (one more copy of the adapted weights) for :func:`unmerge`.
+    If one layer cannot be merged, none is.
+
+    Returns:
+        ``model`` itself.
+
+    Raises:
+        ValueError: no adapter, merged already, or a merged weight would be NaN or infinite, naming the layer.
+    """
+    state_of(model)
+    done: list[OsoraLinear] = []
+    for name, layer in adapted_layers(model).items():
+        try:
+            layer.merge()
+        except ValueError as error:
+            for earlier in done:
+                earlier.unmerge()
+            raise ValueError(f"{name}: {error}") from error
+        done.append(layer)
+    return model
+
+
+def unmerge(model: nn.Module) -> nn.Module:
+    """Put the base weights back: the same tensors as before :func:`merge`, bit for bit.
+
+    Returns:
+        ``model`` itself.
+
+    Raises:
+        ValueError: no adapter, or not merged.
+    """
+    state_of(model)
+    layers = adapted_layers(model)
+    for name, layer in layers.items():
+        if not layer.merged:
+            raise ValueError(f"{name}: the adapter is not merged")
+    for layer in layers.values():
+        layer.unmerge()
+    return model

@@ -1,0 +1,141 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every operator in plain torch: the specification, and the fallback where no compiled kernel exists.
+
+Nothing of osora is imported here. Letters: n rows of x, k in_features, d out_features, r rank.
+
+The adapter in delta form (docs/method.md): the paper's layer (OSoRA, arXiv 2505.14350)
+
+    y = x W_resᵀ + bias + O ⊙ (((x V) ⊙ S) Uᵀ),      W_res = W0 − U diag(S0) Vᵀ
+
+is, with o = O − 1 and s = S − S0, term for term
+
+    D[i, j] = U[i, j] · (o[i] · (S0[j] + s[j]) + s[j])
+    y       = x W0ᵀ + bias + (x V) Dᵀ
+
+so the base weight W0 is never changed, and o = s = 0 is the base model exactly.
+"""
+
+import torch
+from torch import Tensor
+
+
+def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of S0 and of every sum: float64 for float64 factors, float32 otherwise."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def fold(U: Tensor, S0: Tensor, s: Tensor, o: Tensor) -> Tensor:
+    """The adapter as one matrix: ``W = W0 + D Vᵀ``.
+
+    Args:
+        U: left singular vectors [d, r].
+        S0: singular values of the base weight [r], float32 (float64 for float64 U).
+        s: trained change of the singular values [r].
+        o: trained change of the output scales [d].
+
+    Returns:
+        D [d, r] in U's dtype, computed in float32 (float64) and rounded once.
+    """
+    exact = accumulate_dtype(U.dtype)
+    start, s, o = S0.to(exact) + s.to(exact), s.to(exact), o.to(exact)
+    return (U.to(exact) * (o[:, None] * start + s)).to(U.dtype)
+
+
+def fold_backward(
+    U: Tensor, P: Tensor, S0: Tensor, s: Tensor, o: Tensor, need_s: bool = True, need_o: bool = True
+) -> tuple[Tensor, Tensor]:
+    """Gradients of :func:`fold`, given ``P = dL/dD`` [d, r] in float32 (float64 for float64 U).
+
+    ``ds[j] = Σᵢ (1 + o[i]) U[i, j] P[i, j]`` and ``do[i] = Σⱼ U[i, j] (S0[j] + s[j]) P[i, j]``.
+
+    Returns:
+        ds [r] and do [d] in P's dtype; what is not needed is an empty tensor [0].
+    """
+    exact = accumulate_dtype(U.dtype)
+    product = U.to(exact) * P
+    ds = ((1 + o.to(exact))[:, None] * product).sum(0) if need_s else P.new_empty(0)
+    do = (product * (S0 + s.to(exact))).sum(1) if need_o else P.new_empty(0)
+    return ds, do
+
+
+def linear(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, U: Tensor, V: Tensor, S0: Tensor, s: Tensor, o: Tensor
+) -> tuple[Tensor, Tensor]:
+    """``y = x W0ᵀ + bias + h Dᵀ`` and ``h = x V``.
+
+    Args:
+        x: input [..., k]; x, weight, bias, U and V share one dtype.
+        weight: frozen base weight [d, k], or None for the adapter's branch alone.
+        bias: [d] or None. It is not scaled by O.
+        U: left singular vectors [d, r].
+        V: right singular vectors [k, r].
+        S0: singular values [r].
+        s: change of the singular values [r].
+        o: change of the output scales [d].
+
+    Returns:
+        y [..., d] and h [n, r], the only tensor the backward needs beside the parameters.
+    """
+    rows = x.reshape(-1, x.shape[-1])
+    h = rows @ V
+    y = h @ fold(U, S0, s, o).t()
+    if bias is not None:
+        y = y + bias
+    if weight is not None:
+        y = y + rows @ weight.t()
+    return y.reshape(*x.shape[:-1], U.shape[0]), h
+
+
+def linear_backward(
+    dy: Tensor,
+    h: Tensor,
+    weight: Tensor | None,
+    U: Tensor,
+    V: Tensor,
+    S0: Tensor,
+    s: Tensor,
+    o: Tensor,
+    need_x: bool = True,
+    need_s: bool = True,
+    need_o: bool = True,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of :func:`linear`: ``dx = dy W0 + (dy D) Vᵀ``, and ds, do from ``P = dyᵀ h``.
+
+    Returns:
+        dx [..., k] in dy's dtype, ds [r], do [d] in float32 (float64 for float64); what is not needed is empty, [0].
+    """
+    rows = dy.reshape(-1, U.shape[0])
+    dx = dy.new_empty(0)
+    if need_x:
+        dx = (rows @ fold(U, S0, s, o)) @ V.t()
+        if weight is not None:
+            dx = dx + rows @ weight
+        dx = dx.reshape(*dy.shape[:-1], V.shape[0])
+    exact = accumulate_dtype(dy.dtype)
+    if need_s or need_o:
+        P = rows.to(exact).t() @ h.to(exact)
+        ds, do = fold_backward(U, P, S0, s, o, need_s, need_o)
+    else:
+        ds, do = S0.new_empty(0), S0.new_empty(0)
+    return dx, ds, do
+
+
+def truncated_svd(weight: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The top ``rank`` singular triplets from a full float64 decomposition, with the residuals of the triplets.
+
+    Args:
+        weight: [..., d, k].
+        rank: number of triplets, at most min(d, k).
+
+    Returns:
+        U [..., d, r], S [..., r] (descending), V [..., k, r] in float64; residuals [..., r]
+        ``ρᵢ = ‖Wᵀuᵢ − σᵢvᵢ‖ / σᵢ``. The largest entry of each uᵢ is positive.
+    """
+    exact = weight.to(torch.float64)
+    U, S, Vh = torch.linalg.svd(exact, full_matrices=False)
+    U, S, V = U[..., :rank], S[..., :rank], Vh.mT[..., :rank]
+    largest = U.gather(-2, U.abs().argmax(-2, keepdim=True))
+    sign = torch.where(largest < 0, -1.0, 1.0).to(exact)
+    U, V = U * sign, V * sign
+    residuals = torch.linalg.vector_norm(exact.mT @ U - V * S[..., None, :], dim=-2) / S.clamp_min(1e-300)
+    return U, S, V, residuals
