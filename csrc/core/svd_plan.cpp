@@ -16,6 +16,17 @@ void set_widths(SvdPlan& plan) {
   plan.basis = std::max(plan.keep + 3 * plan.block, 2 * r + plan.block);
 }
 
+// Costs in multiply-adds at the speed of a large matrix product, fitted to one CPU core with MKL (docs/svd.md, "Which
+// method"): Lanczos multiplies some 15 r columns and spends 0.6 times that on keeping its basis; eigenvectors of an
+// n x n matrix run at an eighth of the speed of a product of their size.
+double lanczos_cost(const SvdPlan& plan) {
+  return 24.0 * double(plan.rank) * double(plan.rows) * double(plan.cols) + 3.5e8;
+}
+double gram_cost(const SvdPlan& plan) {
+  const double n = double(plan.cols);
+  return (0.75 * double(plan.rows) + 4.0 * n) * n * n;
+}
+
 }  // namespace
 
 SvdPlan plan_svd(int64_t d, int64_t k, int64_t rank, int64_t itemsize, const std::string& method) {
@@ -25,17 +36,11 @@ SvdPlan plan_svd(int64_t d, int64_t k, int64_t rank, int64_t itemsize, const std
   plan.cols = std::min(d, k);
   plan.rank = rank;
   set_widths(plan);
-  const bool lanczos_fits = plan.basis <= plan.cols;
   if (method == "auto") {
-    // A basis of more than half the columns costs more than the eigenvectors of the small Gram matrix, which are
-    // computed in float64 and so lose nothing for 32-bit and shorter weights. A float64 weight needs the real thing.
-    if (plan.basis * 2 <= plan.cols) {
-      plan.method = SvdMethod::kLanczos;
-    } else {
-      plan.method = itemsize == 8 ? SvdMethod::kFull : SvdMethod::kGram;
-    }
+    const bool room = plan.basis * 2 <= plan.cols;
+    plan.method = room && lanczos_cost(plan) < gram_cost(plan) ? SvdMethod::kLanczos : SvdMethod::kGram;
   } else if (method == "lanczos") {
-    if (!lanczos_fits) {
+    if (plan.basis > plan.cols) {
       throw std::invalid_argument(
           "method \"lanczos\" needs min(out_features, in_features) >= " + std::to_string(plan.basis) + " at rank " +
           std::to_string(rank) + ", got " + std::to_string(plan.cols) + "; use method=\"auto\"");
@@ -54,11 +59,11 @@ SvdPlan plan_svd(int64_t d, int64_t k, int64_t rank, int64_t itemsize, const std
       plan.bytes =
           itemsize * (weight + (plan.rows + plan.cols) * (plan.basis + plan.keep)) + 8 * plan.rows * plan.basis;
       break;
-    case SvdMethod::kGram:  // the scaled copy, its float64 twin, G and its eigenvectors
-      plan.bytes = itemsize * weight + 8 * (weight + 3 * plan.cols * plan.cols);
+    case SvdMethod::kGram:  // the scaled copy, G, its eigenvectors and LAPACK's workspace, and the triplets
+      plan.bytes = itemsize * (weight + 4 * plan.cols * plan.cols + 3 * (plan.rows + plan.cols) * rank);
       break;
-    case SvdMethod::kFull:  // the scaled copy, its float64 twin, full factors and LAPACK's workspace
-      plan.bytes = itemsize * weight + 8 * (3 * weight + 5 * plan.cols * plan.cols);
+    case SvdMethod::kFull:  // the scaled copy and LAPACK's, full factors, and its workspace
+      plan.bytes = itemsize * (3 * weight + 5 * plan.cols * plan.cols);
       break;
   }
   return plan;

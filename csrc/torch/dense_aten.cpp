@@ -37,7 +37,9 @@ DenseAten::DenseAten(const std::vector<at::Tensor>& weights, const core::SvdPlan
   for (size_t b = 0; b < weights.size(); ++b) {
     // A power of two changes no digit: 1e-30 and 1e+30 weights are decomposed like their scaled twins. Two factors,
     // since 2^-exponent itself may not fit the dtype.
-    const double largest = weights[b].numel() ? weights[b].abs().max().to(at::kDouble).item<double>() : 0.0;
+    const auto [low, high] = at::aminmax(weights[b]);  // both are NaN if any entry is
+    const double largest = std::max(-low.to(at::kDouble).item<double>(), high.to(at::kDouble).item<double>());
+    TORCH_CHECK_VALUE(std::isfinite(largest), "osora::truncated_svd: a weight has NaN or infinite entries");
     int exponent = 0;
     if (largest > 0) std::frexp(largest, &exponent);
     exponents_.push_back(exponent);
@@ -322,9 +324,9 @@ void DenseAten::insert_probe(Array& r, int64_t b, const Array& missed) const {
 }
 
 core::Found<DenseAten::Array> DenseAten::gram(int64_t b, double tol) {
-  const auto exact = a_.narrow(0, b, 1).to(at::kDouble);
-  const auto vectors = std::get<1>(at::linalg_eigh(product(exact.mT(), exact))).flip({-1});
-  return one(b).triplets(0, vectors.narrow(2, 0, plan_.rank).to(work_), tol, /*with_probe=*/false).found;
+  const auto a = a_.narrow(0, b, 1);
+  const auto vectors = std::get<1>(at::linalg_eigh(product(a.mT(), a))).flip({-1});
+  return one(b).triplets(0, vectors.narrow(2, 0, plan_.rank), tol, /*with_probe=*/false).found;
 }
 
 core::Found<DenseAten::Array> DenseAten::full(int64_t b, double tol) {

@@ -31,13 +31,28 @@ core::SvdPlan plan_or_refuse(int64_t d, int64_t k, int64_t rank, int64_t itemsiz
   }
 }
 
-Result decompose_in(at::ScalarType work, const at::Tensor& weight, int64_t rank, double tol, uint64_t seed,
-                    uint64_t key, const std::string& method, core::SvdMethod& used) {
-  const auto out = accumulate_type(weight.scalar_type());
-  const auto plan = plan_or_refuse(weight.size(0), weight.size(1), rank, work == at::kDouble ? 8 : 4, method);
-  used = plan.method;
-  DenseAten dense({weight}, plan, work, out, seed, {key});
-  switch (plan.method) {
+struct Attempt {
+  at::ScalarType work;
+  core::SvdMethod method;
+};
+
+// What to try until a certificate is reached: the planned method in the weight's own precision, the same in float64,
+// and a full decomposition where a Gram matrix, which squares the condition, was not enough.
+std::vector<Attempt> attempts(const core::SvdPlan& plan, at::ScalarType natural) {
+  using core::SvdMethod;
+  std::vector<Attempt> list;
+  // More than half of all triplets reach down to small singular values, which a float32 Gram matrix has lost.
+  const bool hopeless = plan.method == SvdMethod::kGram && 2 * plan.rank > plan.cols;
+  if (natural != at::kDouble && !hopeless) list.push_back({natural, plan.method});
+  list.push_back({at::kDouble, plan.method});
+  if (plan.method == SvdMethod::kGram) list.push_back({at::kDouble, SvdMethod::kFull});
+  return list;
+}
+
+Result run(const Attempt& attempt, const core::SvdPlan& plan, const at::Tensor& weight, double tol, uint64_t seed,
+           uint64_t key) {
+  DenseAten dense({weight}, plan, attempt.work, accumulate_type(weight.scalar_type()), seed, {key});
+  switch (attempt.method) {
     case core::SvdMethod::kGram:
       return dense.gram(0, tol);
     case core::SvdMethod::kFull:
@@ -47,16 +62,28 @@ Result decompose_in(at::ScalarType work, const at::Tensor& weight, int64_t rank,
   }
 }
 
-// In float32 first; where that cannot be certified, once more in float64, which costs time but no truth.
-Result decompose(const at::Tensor& weight, int64_t rank, double tol, uint64_t seed, uint64_t key,
-                 const std::string& method, core::SvdMethod& used) {
-  auto result = decompose_in(accumulate_type(weight.scalar_type()), weight, rank, tol, seed, key, method, used);
-  if (!result.converged && weight.scalar_type() != at::kDouble) {
-    auto again = decompose_in(at::kDouble, weight, rank, tol, seed, key, method, used);
-    again.passes += result.passes;
-    return again;
+// The first certified answer, or else the one with the smallest residual, marked as not converged.
+std::pair<Result, core::SvdMethod> decompose(const at::Tensor& weight, int64_t rank, double tol, uint64_t seed,
+                                             uint64_t key, const std::string& method) {
+  const auto natural = accumulate_type(weight.scalar_type());
+  const auto plan = plan_or_refuse(weight.size(0), weight.size(1), rank, natural == at::kDouble ? 8 : 4, method);
+  Result best;
+  core::SvdMethod used = plan.method;
+  double smallest = std::numeric_limits<double>::infinity();
+  int64_t passes = 0;
+  for (const auto& attempt : attempts(plan, natural)) {
+    auto result = run(attempt, plan, weight, tol, seed, key);
+    passes += result.passes;
+    const double worst = result.residuals.max().item<double>();
+    if (result.converged || !best.u.defined() || worst < smallest) {
+      smallest = worst;
+      used = attempt.method;
+      best = std::move(result);
+    }
+    if (best.converged) break;
   }
-  return result;
+  best.passes = passes;
+  return {best, used};
 }
 
 void check_truncated_svd(at::TensorList weights, int64_t rank, double tol, at::IntArrayRef keys) {
@@ -74,7 +101,6 @@ void check_truncated_svd(at::TensorList weights, int64_t rank, double tol, at::I
     TORCH_CHECK_TYPE(is_supported_float(w.scalar_type()) && w.scalar_type() == first.scalar_type(),
                      "osora::truncated_svd: weights must all be float64, float32, bfloat16 or float16, got ",
                      w.scalar_type());
-    TORCH_CHECK_VALUE(w.isfinite().all().item<bool>(), "osora::truncated_svd: a weight has NaN or infinite entries");
   }
   const int64_t most = std::min(first.size(0), first.size(1));
   TORCH_CHECK_VALUE(rank >= 1 && rank <= most, "osora::truncated_svd: rank must be in 1 .. min(shape) = ", most,
@@ -101,15 +127,14 @@ Output truncated_svd(at::TensorList weights, int64_t rank, double tol, int64_t s
 
   const auto one = [&](int64_t i) {
     const OperatorGuard inner(first.device());  // a worker thread starts without ours
-    core::SvdMethod how{};
-    const Result result = decompose(weights[i], rank, tol, uint64_t(seed), uint64_t(keys[i]), method, how);
+    const auto [result, method_used] = decompose(weights[i], rank, tol, uint64_t(seed), uint64_t(keys[i]), method);
     U[i].copy_(result.u);
     S[i].copy_(result.s);
     V[i].copy_(result.v);
     residuals[i].copy_(result.residuals);
     converged.mutable_data_ptr<bool>()[i] = result.converged;
     passes.mutable_data_ptr<int64_t>()[i] = result.passes;
-    used.mutable_data_ptr<int64_t>()[i] = int64_t(how);
+    used.mutable_data_ptr<int64_t>()[i] = int64_t(method_used);
   };
   if (first.is_cpu() && d * k <= kOneThreadEntries) {
     run_single_threaded(count, one);
