@@ -1,0 +1,127 @@
+# SPDX-License-Identifier: Apache-2.0
+# make demo, make test: each does all its set-up on a machine with python3, a C++ compiler and a package index.
+#   VENV=.venv                       the virtual environment, made when it is missing
+#   TORCH='torch>=2.11,<2.15'        the torch to install, for example TORCH=torch==2.13.0
+#   PYTHON=python3                   the interpreter the environment is made from
+SHELL := bash
+.SHELLFLAGS := -euo pipefail -c
+.ONESHELL:
+.DELETE_ON_ERROR:
+MAKEFLAGS += --no-print-directory
+
+VENV ?= .venv
+TORCH ?= torch>=2.11,<2.15
+PYTHON ?= python3
+PYTEST_ARGS ?=
+BUILD_TOOLS := 'setuptools>=77' 'pybind11>=2.13' 'cmake>=3.26' 'ninja>=1.11'
+
+PY := $(VENV)/bin/python
+PIP := $(PY) -m pip --disable-pip-version-check install --quiet
+# -v, into a log: pip shows what a build prints only then.
+INSTALL = OSORA_BUILD_DIR=$(BUILD) $(PY) -m pip --disable-pip-version-check install -v --no-build-isolation \
+  --force-reinstall --no-deps .
+STAMPS := $(VENV)/.stamps
+BUILD := $(CURDIR)/build/$(patsubst .%,%,$(notdir $(VENV)))
+NATIVE := $(shell find csrc tests/emulation -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
+SOURCES := $(shell find csrc cmake build_backend python -type f ! -name '*.pyc' ! -name '*.so' ! -name _compiled_for.py) \
+  CMakeLists.txt setup.py pyproject.toml README.md
+
+# Nothing of a run depends on the user's language, and nothing is fetched from a model hub.
+export LC_ALL := C.UTF-8
+export PYTHONDONTWRITEBYTECODE := 1
+export HF_HUB_OFFLINE := 1
+export HF_HOME := $(CURDIR)/build/huggingface
+export MPLCONFIGDIR := $(CURDIR)/build/matplotlib
+export PATH := $(abspath $(VENV))/bin:$(PATH)
+
+.PHONY: demo test prepare unit lint emulation torch clean
+.DEFAULT_GOAL := test
+ifndef VERBOSE
+.SILENT:
+endif
+
+# ---- what people type -------------------------------------------------------------------------------------------
+
+demo: $(STAMPS)/installed $(STAMPS)/demo
+	$(PY) examples/finetune.py
+
+test: lint unit
+
+# Everything but the tests themselves.
+prepare: $(STAMPS)/strict $(STAMPS)/test emulation
+
+unit: prepare
+	echo "-- pytest"
+	export OSORA_EMULATION_DIR=$(BUILD)/tests/emulation OSORA_REQUIRE_EMULATION=1
+	export OSORA_REQUIRE_NVCC=$$($(PY) -c 'import osora; print(int(osora.build_info()["cuda"]))')
+	$(PY) -m pytest $(PYTEST_ARGS)
+
+lint: $(STAMPS)/strict $(STAMPS)/test
+	echo "-- ruff, clang-format, mypy"
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	clang-format --dry-run -Werror $(NATIVE)
+	$(PY) -m mypy
+
+emulation: $(STAMPS)/strict
+	echo "-- emulation: the CUDA sources, compiled for the CPU"
+	cmake -S . -B $(BUILD) -DOSORA_EMULATION=ON > build/emulation.log || { cat build/emulation.log; false; }
+	cmake --build $(BUILD) > build/emulation.log || { cat build/emulation.log; false; }
+
+clean:
+	rm -rf build
+
+# ---- set-up -----------------------------------------------------------------------------------------------------
+
+$(STAMPS)/venv:
+	$(PYTHON) -c 'import sys; sys.version_info >= (3, 10) or sys.exit("osora needs Python 3.10 or newer, $(PYTHON) is " + sys.version.split()[0] + ": set PYTHON")'
+	echo "-- virtual environment in $(VENV)"
+	test -x $(PY) || $(PYTHON) -m venv $(VENV) || { echo "$(PYTHON) -m venv failed: install venv and pip for this Python (Debian: python3-venv)"; false; }
+	mkdir -p $(STAMPS) build
+	touch $@
+
+# Asked on every run, since TORCH may have changed; with the right torch in place pip does nothing. The stamp
+# changes only when torch does. (numpy: torch warns without it.)
+torch: $(STAMPS)/venv
+	echo "-- $(TORCH)"
+	$(PIP) '$(TORCH)' numpy
+	version=$$($(PY) -c 'import torch; print(torch.__version__)')
+	echo "$$version" | cmp --silent - $(STAMPS)/torch || echo "$$version" > $(STAMPS)/torch
+$(STAMPS)/torch: torch ;
+
+$(STAMPS)/tools: $(STAMPS)/venv Makefile
+	$(PIP) $(BUILD_TOOLS)
+	touch $@
+
+# A plain install, as a user has it. build/lib* is removed because setuptools would pack files deleted meanwhile.
+$(STAMPS)/installed: $(SOURCES) $(STAMPS)/torch $(STAMPS)/tools
+	echo "-- build"
+	mkdir -p build
+	rm -rf build/lib.* build/bdist.*
+	$(INSTALL) > build/install.log 2>&1 || { cat build/install.log; false; }
+	grep -o 'osora: building.*' build/install.log
+	$(PIP) osora
+	touch $@
+
+# The same with warnings as errors, and CUDA compiled for every generation wherever torch is a CUDA build.
+$(STAMPS)/strict: $(SOURCES) $(STAMPS)/torch $(STAMPS)/tools .ci/ensure_nvcc.py
+	echo "-- build, warnings as errors"
+	mkdir -p build
+	rm -rf build/lib.* build/bdist.*
+	$(PY) .ci/ensure_nvcc.py
+	export OSORA_WERROR=1 TORCH_CUDA_ARCH_LIST='8.0;9.0;10.0;12.0+PTX'
+	$(INSTALL) > build/install.log 2>&1 || { cat build/install.log; false; }
+	grep -o 'osora: building.*' build/install.log
+	$(PIP) osora
+	touch $(STAMPS)/installed $@
+
+$(STAMPS)/test: $(STAMPS)/strict pyproject.toml
+	echo "-- packages for the tests"
+	$(PIP) 'osora[test]'
+	touch $@
+
+$(STAMPS)/demo: $(STAMPS)/installed pyproject.toml examples/requirements-demo.txt
+	echo "-- packages for the demo"
+	$(PIP) 'osora[demo]'
+	$(PIP) --no-deps -r examples/requirements-demo.txt
+	touch $@
