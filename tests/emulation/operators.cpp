@@ -1,0 +1,41 @@
+// SPDX-License-Identifier: Apache-2.0
+// torch.ops.osora_emulated: the CUDA kernels, run by the emulator on CPU tensors. Checks, dtypes and glue are those of
+// the real operators, so that one test function serves both.
+#include <torch/library.h>
+
+#include "torch/checks.h"
+#include "torch/fold_launch.h"
+
+namespace osora {
+namespace {
+
+at::Tensor ready(const at::Tensor& t, at::ScalarType type) { return t.to(type).contiguous(); }
+
+at::Tensor fold_emulated(const at::Tensor& U, const at::Tensor& S0, const at::Tensor& s, const at::Tensor& o) {
+  check_fold(U, S0, s, o);
+  const auto exact = accumulate_type(U.scalar_type());
+  return fold_launch(U.contiguous(), ready(S0, exact), ready(s, exact), ready(o, exact), /*stream=*/nullptr);
+}
+
+std::tuple<at::Tensor, at::Tensor> fold_backward_emulated(const at::Tensor& U, const at::Tensor& P,
+                                                          const at::Tensor& S0, const at::Tensor& s,
+                                                          const at::Tensor& o, bool need_s, bool need_o) {
+  check_fold_backward(U, P, S0, s, o);
+  const auto exact = accumulate_type(U.scalar_type());
+  return fold_backward_launch(U.contiguous(), P.contiguous(), ready(S0, exact), ready(s, exact), ready(o, exact),
+                              need_s, need_o, /*stream=*/nullptr);
+}
+
+}  // namespace
+
+TORCH_LIBRARY(osora_emulated, m) {
+  m.def("fold(Tensor U, Tensor S0, Tensor s, Tensor o) -> Tensor");
+  m.def(
+      "fold_backward(Tensor U, Tensor P, Tensor S0, Tensor s, Tensor o, bool need_s, bool need_o) -> (Tensor, Tensor)");
+}
+TORCH_LIBRARY_IMPL(osora_emulated, CPU, m) {
+  m.impl("fold", &fold_emulated);
+  m.impl("fold_backward", &fold_backward_emulated);
+}
+
+}  // namespace osora

@@ -1,0 +1,143 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every .cu compiles without a warning for every generation of cards, and to the machine code that was meant.
+
+Needs nvcc, not a card. OSORA_REQUIRE_NVCC=1 makes a missing nvcc a failure.
+"""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+import torch
+from backends import ROOT, unavailable
+
+sys.path.insert(0, str(ROOT / "build_backend"))
+from cuda_choice import nvcc_candidates
+
+SITE = Path(torch.__file__).parents[1]
+SOURCES = sorted((ROOT / "csrc/cuda").glob("*.cu"))
+CARDS = ("80", "90", "100", "120")
+# 256 threads of 64 registers: four blocks, half of the threads an SM can hold, are resident. What a memory-bound
+# kernel needs to keep the memory busy.
+MAX_REGISTERS = 64
+
+
+class Kernel(NamedTuple):
+    name: str  # mangled
+    card: str
+    registers: int
+    stack: int
+    spills: int
+
+
+class Compiled(NamedTuple):
+    object: Path
+    kernels: list[Kernel]
+
+
+@pytest.fixture(scope="module")
+def nvcc() -> str:
+    found = next((path for _, path in nvcc_candidates(os.environ, SITE / "nvidia")), None)
+    if found is None:
+        unavailable("NVCC", "no nvcc on PATH, in CUDA_HOME or from pip")
+    return str(found)
+
+
+def kernels_of(report: str) -> list[Kernel]:
+    """What `-Xptxas -v` says of each kernel and card."""
+    found = re.findall(
+        r"Compiling entry function '(\w+)' for 'sm_(\d+)'(?:.|\n)*?"
+        r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads(?:.|\n)*?Used (\d+) registers",
+        report,
+    )
+    return [
+        Kernel(name, card, int(used), int(stack), int(out) + int(back)) for name, card, stack, out, back, used in found
+    ]
+
+
+@pytest.fixture(scope="module", params=SOURCES, ids=lambda path: path.name)
+def compiled(request: pytest.FixtureRequest, nvcc: str, tmp_path_factory: pytest.TempPathFactory) -> Compiled:
+    target = tmp_path_factory.mktemp("cuda") / f"{request.param.stem}.o"
+    command = [nvcc, "-std=c++20", "-O3", "-I", str(ROOT / "csrc"), "-c", str(request.param), "-o", str(target)]
+    command += ["-Werror", "all-warnings", "-Xcompiler", "-Wall,-Wextra,-Werror", "-Xptxas", "-v"]
+    for card in CARDS:
+        command += ["-gencode", f"arch=compute_{card},code=sm_{card}"]
+    for headers in sorted((SITE / "nvidia").glob("cu[0-9]*/include")):  # pip's layout
+        command += ["-isystem", str(headers)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return Compiled(target, kernels_of(done.stderr))
+
+
+def test_every_kernel_is_compiled_for_every_card(compiled):
+    cards = {name: {k.card for k in compiled.kernels if k.name == name} for name in {k.name for k in compiled.kernels}}
+    assert cards, "no kernel in the report of ptxas"
+    assert all(found == set(CARDS) for found in cards.values()), cards
+
+
+def test_nothing_spills(compiled):
+    bad = [kernel for kernel in compiled.kernels if kernel.spills or kernel.stack]
+    assert not bad
+
+
+def test_registers_leave_room_for_four_blocks(compiled):
+    bad = [kernel for kernel in compiled.kernels if kernel.registers > MAX_REGISTERS]
+    assert not bad
+
+
+def disassembler() -> str:
+    """cuobjdump of a toolkit, of pip's nvidia-cuda-cuobjdump, or of the copy inside triton."""
+    folders = [*sorted((SITE / "nvidia").glob("cu[0-9]*/bin")), SITE / "triton/backends/nvidia/bin"]
+    search = os.pathsep.join([os.environ["PATH"], "/usr/local/cuda/bin", *map(str, folders)])
+    found = shutil.which("cuobjdump", path=search)
+    if found is None:
+        pytest.skip("no cuobjdump to look into the machine code with")
+    return found
+
+
+def instructions(path: Path, card: str) -> dict[str, Counter[str]]:
+    """How often each instruction stands in each kernel."""
+    tool = disassembler()
+    environment = os.environ | {"PATH": f"{Path(tool).parent}{os.pathsep}{os.environ['PATH']}"}  # it calls nvdisasm
+    done = subprocess.run(
+        [tool, "-sass", "-arch", f"sm_{card}", str(path)], capture_output=True, text=True, env=environment
+    )
+    if done.returncode != 0:
+        pytest.skip(f"{tool} cannot read this: {(done.stderr or done.stdout)[-300:]}")
+    kernels: dict[str, Counter[str]] = {}
+    for line in done.stdout.splitlines():
+        if header := re.search(r"Function : (\w+)", line):
+            kernels[header[1]] = Counter()
+        elif found := re.match(r"\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ )?\s*([A-Z][\w.]*)", line):
+            kernels[next(reversed(kernels))][found[1]] += 1
+    return kernels
+
+
+def count(instructions: Counter[str], pattern: str) -> int:
+    return sum(number for name, number in instructions.items() if re.match(pattern, name))
+
+
+@pytest.mark.parametrize("card", CARDS)
+def test_local_memory_is_not_used_and_there_are_no_atomics(compiled, card):
+    for name, found in instructions(compiled.object, card).items():
+        assert count(found, r"LDL|STL") == 0, name
+        assert count(found, r"ATOM|RED\b") == 0, name
+
+
+@pytest.mark.parametrize("card", CARDS)
+def test_the_fast_path_of_the_fold_moves_16_bytes_at_once(compiled, card):
+    if compiled.object.stem != "fold":
+        pytest.skip("not the fold")
+    # Mangled template arguments: Li8E is 8 numbers per lane (16-bit types), Li4E float32, Li2E float64.
+    fast = {name: found for name, found in instructions(compiled.object, card).items() if re.search("ILi[248]E", name)}
+    assert len(fast) == 8, "fold and fold_backward for four types"
+    for name, found in fast.items():
+        assert count(found, r"LDG\.E\.128") > 0, name
+        if "fold_backward" not in name:
+            assert count(found, r"STG\.E\.128") > 0 and count(found, r"STG") == count(found, r"STG\.E\.128"), name
