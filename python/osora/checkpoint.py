@@ -30,10 +30,12 @@ from osora.patch import (
     Target,
     adapted_layers,
     check_is_linear,
+    check_not_tied,
     decompose_targets,
     install,
     refuse_if_adapted,
     state_of,
+    weight_holders,
 )
 
 FORMAT_VERSION = 1
@@ -242,13 +244,17 @@ def _read_tensors(path: Path, config: Mapping[str, Any]) -> dict[str, Tensor]:
     return tensors
 
 
-def _find_module(model: nn.Module, described: Mapping[str, Any]) -> nn.Module:
+def _find_module(model: nn.Module, described: Mapping[str, Any], holders: dict[int, set[int]]) -> nn.Module:
     name = described["name"]
     try:
         module = model.get_submodule(name)
     except AttributeError as error:
         raise AdapterError(f"the adapter is for {name}, which this model does not have") from error
-    check_is_linear(name, module)
+    try:
+        check_is_linear(name, module)
+        check_not_tied(name, module, holders)
+    except ValueError as error:
+        raise AdapterError(str(error)) from error
     shape, wanted = tuple(oriented_weight(module).shape), (described["out_features"], described["in_features"])
     if shape != wanted:
         raise AdapterError(f"the adapter's {name} is {list(wanted)}, this model's is {list(shape)}")
@@ -302,7 +308,8 @@ def _check_rebuilt(described: Mapping[str, Any], layer: OsoraLinear, tol: float)
         if off > allowed * scale + 1e-12:
             raise AdapterError(
                 f"{name}: the basis computed again is not the adapter's ({key} off by {off / (scale or 1):.1e}, "
-                f"allowed {allowed:.1e}): the adapter must be saved with save_basis=True for this machine"
+                f"allowed {allowed:.1e}): save the adapter with save_basis=True, or load it on a base in the dtype it "
+                f"was trained on ({described['dtype']}), decomposed with a smaller tol"
             )
 
 
@@ -335,9 +342,10 @@ def load_adapter(model: nn.Module, folder: str | os.PathLike[str], *, progress: 
     names_of: dict[int, list[str]] = {}
     for name, module in model.named_modules(remove_duplicate=False):
         names_of.setdefault(id(module), []).append(name)
+    holders = weight_holders(model)
     targets = []
     for item in modules.values():
-        module = _find_module(model, item)
+        module = _find_module(model, item, holders)
         names = sorted(names_of[id(module)], key=lambda name: name != item["name"])
         targets.append(Target(tuple(names), module, item["rank"]))
     _check_all_bases(list(modules.values()), [oriented_weight(target.module) for target in targets])

@@ -87,13 +87,15 @@ def check_matrix(weight: Tensor, name: str) -> None:
         raise ValueError(f"{name} has NaN or infinite entries: check the checkpoint it came from")
 
 
-def _check_arguments(shape: Sequence[int], rank: int, tol: float, method: str, name: str) -> None:
+def _check_arguments(shape: Sequence[int], rank: int, tol: float, seed: int, method: str, name: str) -> None:
     if isinstance(rank, bool) or not isinstance(rank, int):
         raise TypeError(f"rank must be an int, got {rank!r}")
     if not 1 <= rank <= min(shape):
         raise ValueError(f"rank must be in 1 .. min(out_features, in_features) = {min(shape)} for {name}, got {rank}")
     if not (isinstance(tol, int | float) and 0 < tol < math.inf):
         raise ValueError(f"tol must be a positive number, got {tol!r}")
+    if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**63:
+        raise ValueError(f"seed must be an int in 0 .. 2**63 - 1, got {seed!r}")
     if method not in METHODS:
         raise ValueError(f"method must be one of {', '.join(METHODS)}, got {method!r}")
 
@@ -133,7 +135,7 @@ def decompose(
         check_matrix(weight, name or "weight")
         if weight.dim() != 2:
             raise ValueError(f"{name or 'weight'} must be a matrix, got shape {tuple(weight.shape)}")
-        _check_arguments(weight.shape, rank, tol, method, name or "weight")
+        _check_arguments(weight.shape, rank, tol, seed, method, name or "weight")
     if not weights:
         return []
     with torch.no_grad():
@@ -159,9 +161,9 @@ def truncated_svd(
 ) -> TruncatedSVD:
     """The top ``rank`` singular triplets of each matrix in ``weight``, with a certificate.
 
-    Thick-restart randomised block Lanczos (docs/svd.md); where the rank is too large a share of the matrix for that,
-    eigenvectors of the float64 Gram matrix, or a full decomposition. A float32 run that cannot be certified is
-    repeated in float64. Deterministic for given (weight, rank, tol, seed, name) on one machine.
+    Thick-restart randomised block Lanczos, or, where that costs less, eigenvectors of the Gram matrix (docs/svd.md). A
+    float32 run that cannot be certified is repeated in float64, a Gram matrix that is not enough gives way to a full
+    decomposition. Deterministic for given (weight, rank, tol, seed, name) on one machine.
 
     Args:
         weight: [..., d, k] in float64, float32, bfloat16 or float16.
@@ -183,7 +185,7 @@ def truncated_svd(
     """
     check_matrix(weight, name or "weight")
     *batch, d, k = weight.shape
-    _check_arguments((d, k), rank, tol, method, name or "weight")
+    _check_arguments((d, k), rank, tol, seed, method, name or "weight")
     if unconverged not in ("warn", "raise"):
         raise ValueError(f"unconverged must be 'warn' or 'raise', got {unconverged!r}")
     matrices = list(weight.detach().reshape(-1, d, k))

@@ -96,7 +96,16 @@ def check_is_linear(name: str, module: nn.Module) -> None:
     )
 
 
-def _holders(model: nn.Module) -> dict[int, set[int]]:
+def check_not_tied(name: str, module: nn.Module, holders: dict[int, set[int]]) -> None:
+    """Raise for a weight that another module holds too: merging would make two weights of one."""
+    if len(holders[id(module.weight)]) > 1:
+        raise ValueError(
+            f"the weight of {name} is tied to another module's (an embedding's, most often): merging would silently "
+            f"untie them, so it is refused; exclude_modules=[{name.rsplit('.', 1)[-1]!r}] leaves it out"
+        )
+
+
+def weight_holders(model: nn.Module) -> dict[int, set[int]]:
     """Parameter identity → identities of the modules that hold it."""
     holders: dict[int, set[int]] = defaultdict(set)
     for module in model.modules():
@@ -118,7 +127,7 @@ def find_targets(model: nn.Module, config: OsoraConfig) -> list[Target]:
     for name, module in model.named_modules(remove_duplicate=False):
         names_of[id(module)].append(name)
         modules[id(module)] = module
-    head, holders = _output_head(model), _holders(model)
+    head, holders = _output_head(model), weight_holders(model)
     everything = config.target_modules == ALL_LINEAR
     layers = config.layers_to_transform
     assert layers is None or isinstance(layers, tuple)  # OsoraConfig has brought it to this form
@@ -136,11 +145,7 @@ def find_targets(model: nn.Module, config: OsoraConfig) -> list[Target]:
         if layers is not None and _layer_index(name) not in layers:
             continue
         check_is_linear(name, module)
-        if len(holders[id(module.weight)]) > 1:
-            raise ValueError(
-                f"the weight of {name} is tied to another module's (an embedding's, most often): merging would "
-                f"silently untie them, so it is refused; exclude_modules=[{name.rsplit('.', 1)[-1]!r}] leaves it out"
-            )
+        check_not_tied(name, module, holders)
         asked, most = config.rank_for(name), min(oriented_weight(module).shape)
         note = f"rank {asked} clipped to {most}" if asked > most else ""
         targets.append(Target(tuple(names), module, min(asked, most), note))

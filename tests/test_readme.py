@@ -1,0 +1,131 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the README and the documents promise: their Python runs, their commands exist, their links lead somewhere.
+
+Python blocks of the README run in order, in one namespace, as a reader would type them. An HTML comment that starts
+with `<!-- python` runs as well and is not shown: it makes the tiny model, and checks what the text around it says.
+"""
+
+import re
+import shlex
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from helpers import VOCABULARY, tiny_llama, token_ids
+
+ROOT = Path(__file__).parents[1]
+README = ROOT / "README.md"
+DOCUMENTS = [README, ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").rglob("*.md"))]
+BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$|^<!-- python\n(.*?)^-->$", flags=re.MULTILINE | re.DOTALL)
+every_document = pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
+
+
+def text_of(path: Path) -> str:
+    return path.read_text(encoding="utf-8")
+
+
+def blocks(path: Path, *languages: str) -> Iterator[tuple[int, str]]:
+    """(line, code) of the fenced blocks in these languages; with "python" also of the hidden ones."""
+    text = text_of(path)
+    for found in BLOCK.finditer(text):
+        language, shown, hidden = found.groups()
+        if hidden is not None and "python" in languages:
+            yield text.count("\n", 0, found.start()) + 2, hidden
+        elif language in languages:
+            yield text.count("\n", 0, found.start()) + 2, shown
+
+
+def commands(path: Path) -> list[str]:
+    lines = "".join(code for _, code in blocks(path, "sh")).splitlines()
+    return [line for line in (re.sub(r"\s+#.*", "", line).strip() for line in lines) if line]
+
+
+def anchor(heading: str) -> str:
+    """A heading's name in links, as GitHub makes it."""
+    return re.sub(r"[^\w\- ]", "", heading.strip().lower()).replace(" ", "-")
+
+
+def headings(path: Path) -> list[str]:
+    without_code = re.sub(r"^```.*?^```$", "", text_of(path), flags=re.MULTILINE | re.DOTALL)
+    return re.findall(r"^#+ (.+)$", without_code, flags=re.MULTILINE)
+
+
+def test_the_python_of_the_readme_runs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    found = list(blocks(README, "python"))
+    shown = [code for _, code in blocks(README, "python") if "<!--" not in code]
+    assert len(shown) >= 3
+    names = {"tiny_llama": tiny_llama, "token_ids": token_ids, "VOCABULARY": VOCABULARY}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for line, code in found:
+            exec(compile("\n" * (line - 1) + code, str(README), "exec"), names)  # errors name the README's own line
+
+
+def test_every_block_says_its_language():
+    """So that no block escapes the tests: python and sh are run or checked, text is text."""
+    for document in (README, ROOT / "CONTRIBUTING.md"):
+        fences = re.findall(r"^```(\w*)$", text_of(document), flags=re.MULTILINE)
+        assert set(fences[::2]) <= {"python", "sh", "text"}, document.name
+        assert not any(fences[1::2]), f"{document.name}: a fence is not closed"
+
+
+@pytest.mark.parametrize("command", commands(README))
+def test_the_commands_of_the_readme_are_run_by_ci(command):
+    ci = text_of(ROOT / ".ci/run")
+    words = shlex.split(command)
+    if words[0] == "make":
+        assert re.search(rf"\b{re.escape(command)}\b", ci), f".ci/run does not run {command}"
+    elif words[:2] == ["pip", "install"]:
+        assert words[2:] == ["."] and re.search(r"pip install [^\n]*\s\.\s", ci), f".ci/run does not run {command}"
+    else:  # tests/test_examples.py runs it; here: are these its options?
+        assert words[:2] == ["python", "examples/finetune.py"], f"nothing tests {command}"
+        for option in (word for word in words if word.startswith("--")):
+            assert f'"{option}"' in text_of(ROOT / "examples/finetune.py"), f"finetune.py has no {option}"
+
+
+def test_the_commands_of_contributing_exist():
+    targets = set(re.findall(r"^([\w-]+):", text_of(ROOT / "Makefile"), flags=re.MULTILINE))
+    wanted = [shlex.split(command) for command in commands(ROOT / "CONTRIBUTING.md")]
+    assert wanted
+    for words in wanted:
+        assert words[0] == "make" and words[1] in targets, words
+
+
+@every_document
+def test_links_lead_somewhere(document):
+    text = re.sub(r"^```.*?^```$", "", text_of(document), flags=re.MULTILINE | re.DOTALL)
+    for target in re.findall(r"\]\(([^)\s]+)\)|src=\"([^\"]+)\"", text):
+        link = target[0] or target[1]
+        if re.match(r"https?://|mailto:", link):
+            continue
+        name, _, part = link.partition("#")
+        path = (document.parent / name).resolve() if name else document
+        assert path.exists(), f"{link}: no such file"
+        if part:
+            assert part in {anchor(heading) for heading in headings(path)}, f"{link}: no such heading"
+
+
+def test_sources_refer_to_documents_and_headings_that_exist():
+    """Comments say `docs/method.md, "Order of the products"`."""
+    for folder in ("csrc", "python", "examples", "tests", "bench"):
+        for path in (ROOT / folder).rglob("*"):
+            if path.suffix not in {".py", ".h", ".cpp", ".cu", ".cuh", ".txt", ".sh"} or path == Path(__file__):
+                continue
+            for name, heading in re.findall(r'(docs/[\w/-]+\.md)(?:,\s+(?:(?://|#)\s*)?"([^"]+)")?', text_of(path)):
+                where = path.relative_to(ROOT)
+                heading = re.sub(r"\s*\n\s*(//|#)?\s*", " ", heading)  # a comment may break its line there
+                assert (ROOT / name).exists(), f"{where} refers to {name}"
+                assert not heading or heading in headings(ROOT / name), f"{where}: {name} has no heading {heading!r}"
+
+
+@every_document
+def test_documents_have_no_machine_in_them(document):
+    """No absolute path of the machine they were written on."""
+    assert not re.search(r"(?<![\w.:/])/(home|root|work|tmp|opt)/\w", text_of(document))
+
+
+def test_the_picture_is_plain_svg():
+    picture = text_of(ROOT / "docs/images/method.svg")
+    assert picture.startswith("<svg ") and "<script" not in picture and "href" not in picture
