@@ -81,6 +81,7 @@ std::vector<Found<typename Dense::Array>> block_lanczos(Dense dense, const SvdPl
     ++passes;
     dense.project_out(R, kept);
     dense.project_out(R, kept);
+    Array norms = dense.ritz_values(lambda, worst);                                     // |y_i|
     const std::vector<double> size = dense.relative_size(R, lambda, worst, plan.rank);  // the one read per restart
 
     std::vector<int64_t> leaving, staying;
@@ -113,8 +114,9 @@ std::vector<Found<typename Dense::Array>> block_lanczos(Dense dense, const SvdPl
       V = dense.select(V, staying);
       Y = dense.select(Y, staying);
       R = dense.select(R, staying);
+      norms = dense.select(norms, staying);
     }
-    dense.orthonormalise(R, dense.columns(V, 0, width), dense.column_norms(dense.columns(Y, 0, plan.block)));
+    dense.orthonormalise(R, dense.columns(V, 0, width), norms);
     append(R);
   }
 }

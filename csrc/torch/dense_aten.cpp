@@ -152,8 +152,8 @@ void DenseAten::orthonormalise(Array& z, const Array& v, const Array& norms) {
   project_out(z, v);
   // 16 epsilon: a column at that level is rounding; ten times more stalls convergence, none at all keeps noise.
   const double level = 16 * epsilon(work_);
-  const auto seen = at::maximum(sigma_, norms.amax(2, true));
-  const auto limit = level * seen * at::maximum(norms, level * seen) + std::numeric_limits<float>::min();
+  const auto seen = at::maximum(sigma_, norms.amax(2, true).to(work_));
+  const auto limit = level * seen * at::maximum(norms.to(work_), level * seen) + std::numeric_limits<float>::min();
   const auto length = column_norms(z);
   const auto bad = length.le(limit);
   z = z / length.clamp_min(std::numeric_limits<float>::min());
@@ -186,10 +186,15 @@ DenseAten::Array DenseAten::ritz_residuals(const Array& v, const Array& y, const
   return transposed_times(pick(y)) - pick(v) * lambda.gather(1, which).unsqueeze(1).to(work_);
 }
 
+DenseAten::Array DenseAten::ritz_values(const Array& lambda, const Array& which) {
+  return lambda.gather(1, which).sqrt().unsqueeze(1);
+}
+
 std::vector<double> DenseAten::relative_size(const Array& r, const Array& lambda, const Array& which,
                                              int64_t rank) const {
   const auto size = column_norms(r).squeeze(1).to(at::kDouble);
-  const auto noise = (4 * epsilon(work_)) * (frobenius_ * sigma_).squeeze(1);
+  const auto floor = (4 * epsilon(work_)) * frobenius_.squeeze(1);
+  const auto noise = floor * at::maximum(lambda.gather(1, which).sqrt(), floor);
   const auto ignore = at::logical_or(size.le(noise), which.ge(rank));
   const auto relative = (size / lambda.gather(1, which).clamp_min(1e-300)).masked_fill(ignore, 0.0);
   const auto host = std::get<0>(relative.max(1)).to(at::kCPU).contiguous();
@@ -202,13 +207,12 @@ DenseAten DenseAten::one(int64_t b) const {
   return single;
 }
 
-// One Rayleigh-Ritz step on x with y = M x: rotates both to singular vectors and gives the values; y becomes the
-// orthonormal left vectors.
 DenseAten::Candidate DenseAten::triplets(int64_t b, const Array& v, double tol, bool with_probe) {
   DenseAten self = one(b);
   Array right = v.narrow(0, b, 1).clone(), left, s;
   int64_t passes = 0;
-  const auto ritz = [&](Array& x, Array y) {
+  // Rayleigh-Ritz on x with y = M x: rotates x to right vectors, gives the left ones and the values.
+  const auto ritz = [&](Array& x, const Array& y) {
     const auto q = self.gram_eigen(y).second.to(work_);
     x = product(x, q);
     left = product(y, q);
@@ -235,6 +239,11 @@ DenseAten::Candidate DenseAten::triplets(int64_t b, const Array& v, double tol, 
     ++passes;
     ritz(right, z);
   }
+  // Repeated values come out of the last step in any order.
+  const auto order = std::get<1>(at::sort(s.squeeze(1), /*stable=*/true, /*dim=*/1, /*descending=*/true))[0];
+  s = s.index_select(2, order);
+  left = left.index_select(2, order);
+  right = right.index_select(2, order);
   Candidate result{self.certify(0, left, s.squeeze(1), right, tol), {}};
   passes += 1;
   if (with_probe) {
@@ -255,7 +264,13 @@ core::Found<DenseAten::Array> DenseAten::certify(int64_t b, Array u, Array s, Ar
     u = (u * sign).to(out_);
     v = (v * sign).to(out_);
   }
-  s = s.to(out_);
+  // Sigma as it will be stored: it may be subnormal there, or beyond the range.
+  const int half = exponents_[b] / 2;
+  found.s = (s[0] * std::ldexp(1.0, half) * std::ldexp(1.0, exponents_[b] - half)).to(out_);
+  s = ((found.s.to(at::kDouble) * std::ldexp(1.0, -half)) * std::ldexp(1.0, half - exponents_[b])).unsqueeze(0);
+  TORCH_CHECK_VALUE(s.isfinite().all().item<bool>(),
+                    "osora::truncated_svd: the largest singular value is beyond the range of ", out_,
+                    ": scale the weight down, or convert it to float64");
   const auto wide_s = s.to(at::kDouble).unsqueeze(1);
   const auto adjoint = (plan_.transposed ? a_ : a_.mT()).narrow(0, b, 1);  // W^T [1, k, d]
   const auto residual = product(adjoint, u.to(work_)) - v.to(work_) * s.to(work_).unsqueeze(1);
@@ -284,8 +299,6 @@ core::Found<DenseAten::Array> DenseAten::certify(int64_t b, Array u, Array s, Ar
   found.converged = found.residuals.numel() == 0 || found.residuals.max().item<double>() <= tol;
   found.u = u[0];
   found.v = v[0];
-  const int half = exponents_[b] / 2;
-  found.s = (s[0] * std::ldexp(1.0, half)) * std::ldexp(1.0, exponents_[b] - half);
   return found;
 }
 

@@ -47,6 +47,7 @@ class DenseAten {
   std::pair<Array, Array> gram_eigen(const Array& y);  // Y^T Y in float64: eigenvalues (descending) and vectors
   static Array largest_tails(const Array& q, int64_t block, int64_t rank);
   Array ritz_residuals(const Array& v, const Array& y, const Array& lambda, const Array& which) const;
+  static Array ritz_values(const Array& lambda, const Array& which);  // singular values, [B, 1, count]
   std::vector<double> relative_size(const Array& r, const Array& lambda, const Array& which, int64_t rank) const;
 
   // -- the answer ---------------------------------------------------------------------------------------------------

@@ -37,7 +37,7 @@ struct Attempt {
 };
 
 // What to try until a certificate is reached: the planned method in the weight's own precision, the same in float64,
-// and a full decomposition where a Gram matrix, which squares the condition, was not enough.
+// and a full decomposition where Y^T Y, which squares the condition, was not enough.
 std::vector<Attempt> attempts(const core::SvdPlan& plan, at::ScalarType natural) {
   using core::SvdMethod;
   std::vector<Attempt> list;
@@ -45,7 +45,7 @@ std::vector<Attempt> attempts(const core::SvdPlan& plan, at::ScalarType natural)
   const bool hopeless = plan.method == SvdMethod::kGram && 2 * plan.rank > plan.cols;
   if (natural != at::kDouble && !hopeless) list.push_back({natural, plan.method});
   list.push_back({at::kDouble, plan.method});
-  if (plan.method == SvdMethod::kGram) list.push_back({at::kDouble, SvdMethod::kFull});
+  if (plan.method == SvdMethod::kGram || natural == at::kDouble) list.push_back({at::kDouble, SvdMethod::kFull});
   return list;
 }
 
@@ -87,7 +87,6 @@ std::pair<Result, core::SvdMethod> decompose(const at::Tensor& weight, int64_t r
 }
 
 void check_truncated_svd(at::TensorList weights, int64_t rank, double tol, at::IntArrayRef keys) {
-  TORCH_CHECK_VALUE(!weights.empty(), "osora::truncated_svd: weights is empty");
   TORCH_CHECK_VALUE(keys.size() == weights.size(), "osora::truncated_svd: one key per weight is needed, got ",
                     keys.size(), " keys for ", weights.size(), " weights");
   TORCH_CHECK_VALUE(tol > 0, "osora::truncated_svd: tol must be positive, got ", tol);

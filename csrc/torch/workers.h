@@ -6,6 +6,8 @@
 #include <atomic>
 #include <exception>
 #include <functional>
+#include <stdexcept>
+#include <system_error>
 #include <thread>
 #include <vector>
 
@@ -24,6 +26,7 @@ inline void run_single_threaded(int64_t count, const std::function<void(int64_t)
   std::atomic<bool> failed{false};
   std::exception_ptr error;
   const auto work = [&] {
+    at::get_num_threads();  // torch sets a new thread's number at its first use: before ours
     if (omp_set_num_threads) omp_set_num_threads(1);
     if (MKL_Set_Num_Threads_Local) MKL_Set_Num_Threads_Local(1);
     for (int64_t i = next++; i < count && !failed; i = next++) {
@@ -35,7 +38,14 @@ inline void run_single_threaded(int64_t count, const std::function<void(int64_t)
     }
   };
   std::vector<std::thread> threads;
-  for (int64_t t = 0; t < std::min<int64_t>(count, at::get_num_threads()); ++t) threads.emplace_back(work);
+  for (int64_t t = 0; t < std::min<int64_t>(count, at::get_num_threads()); ++t) {
+    try {
+      threads.emplace_back(work);
+    } catch (const std::system_error&) {  // no more threads to be had
+      break;
+    }
+  }
+  if (threads.empty() && count > 0) throw std::runtime_error("osora: no thread could be started");
   for (auto& thread : threads) thread.join();
   if (error) std::rethrow_exception(error);
 }

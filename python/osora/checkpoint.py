@@ -95,6 +95,13 @@ def _digest(file: Any) -> str:
     return digest.hexdigest()
 
 
+def _config_text(config: dict[str, Any]) -> str:
+    """JSON with a line for each module: readable, and a third of the size of an indented one."""
+    modules = ",\n  ".join(json.dumps(module, allow_nan=False, separators=(",", ":")) for module in config["modules"])
+    rest = json.dumps({**config, "modules": []}, indent=1, allow_nan=False)
+    return rest.replace('"modules": []', f'"modules": [\n  {modules}\n ]') + "\n"
+
+
 def _base_weight(layer: OsoraLinear) -> Tensor:
     """[out, in]; the kept one while the layer is merged."""
     return oriented_weight(layer.base_layer) if not layer.merged else layer.kept_weight()
@@ -171,7 +178,7 @@ def save_adapter(model: nn.Module, folder: str | os.PathLike[str], *, save_basis
         "tensors_sha256": _file_sha256(folder / TENSOR_FILE),
         "modules": modules,
     }
-    text = json.dumps(config, indent=1, allow_nan=False) + "\n"
+    text = _config_text(config)
     _write_atomically(folder / CONFIG_FILE, lambda path: path.write_text(text, encoding="utf-8"))
 
 

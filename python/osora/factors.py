@@ -29,7 +29,7 @@ class TruncatedSVD(NamedTuple):
     """``W ≈ U diag(S) Vᵀ`` with the proof of how well.
 
     ``residuals[i] = ‖Wᵀuᵢ − σᵢvᵢ‖ / σᵢ`` of the factors as returned (against σ₁ where σᵢ is zero to rounding); a
-    singular value of W lies within ``residuals[i] · σᵢ`` of each ``S[i]``.
+    singular value of W lies within ``residuals[i] · σᵢ`` of each ``S[i]``, plus the rounding of ``W V = U diag(S)``.
     """
 
     U: Tensor
@@ -198,17 +198,17 @@ def truncated_svd(
             like.new_empty(*batch, d, rank),
             like.new_empty(*batch, rank),
             like.new_empty(*batch, k, rank),
-            torch.empty(*batch, rank, dtype=torch.float64),
-            torch.empty(*batch, dtype=torch.bool),
-            torch.empty(*batch, dtype=torch.int64),
+            torch.empty(*batch, rank, dtype=torch.float64, device="cpu"),
+            torch.empty(*batch, dtype=torch.bool, device="cpu"),
+            torch.empty(*batch, dtype=torch.int64, device="cpu"),
         )
     return TruncatedSVD(
         torch.stack([item.U for item in found]).reshape(*batch, d, rank),
         torch.stack([item.S for item in found]).reshape(*batch, rank),
         torch.stack([item.V for item in found]).reshape(*batch, k, rank),
         torch.stack([item.residuals for item in found]).reshape(*batch, rank),
-        torch.tensor([item.converged for item in found]).reshape(batch),
-        torch.tensor([item.passes for item in found]).reshape(batch),
+        torch.tensor([item.converged for item in found], device="cpu").reshape(batch),
+        torch.tensor([item.passes for item in found], device="cpu").reshape(batch),
     )
 
 

@@ -12,7 +12,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-PROBES = 4
+PROBES = 4  # numbers per sketch
+
+
+def _short(value: float) -> float:
+    """Seven digits: far more than a comparison of sketches looks at, and half the text."""
+    return float(f"{value:.7g}")
 
 
 def _signs(label: str, size: int) -> Tensor:
@@ -41,14 +46,14 @@ def weight_sketch(weight: Tensor, name: str) -> list[float]:
     exact = weight.detach().to(device="cpu", dtype=torch.float64 if weight.dtype == torch.float64 else torch.float32)
     h = torch.stack([_signs(f"{name}|h{i}", weight.shape[1]) for i in range(PROBES)], 1).to(exact.dtype)
     image = (exact @ h).to(torch.float64)
-    return [float(_signs(f"{name}|g{i}", weight.shape[0]) @ image[:, i]) / norm for i in range(PROBES)]
+    return [_short(float(_signs(f"{name}|g{i}", weight.shape[0]) @ image[:, i]) / norm) for i in range(PROBES)]
 
 
 def factored_sketch(left: Tensor, right: Tensor, name: str) -> list[float]:
     """The sketch ``gᵢᵀ (left rightᵀ) hᵢ`` of a product of factors [d, r] and [k, r], not scaled."""
     left, right = left.detach().to("cpu", torch.float64), right.detach().to("cpu", torch.float64)
     return [
-        float((_signs(f"{name}|g{i}", left.shape[0]) @ left) @ (_signs(f"{name}|h{i}", right.shape[0]) @ right))
+        _short(float((_signs(f"{name}|g{i}", left.shape[0]) @ left) @ (_signs(f"{name}|h{i}", right.shape[0]) @ right)))
         for i in range(PROBES)
     ]
 
