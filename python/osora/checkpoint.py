@@ -281,7 +281,8 @@ def _check_base(described: Mapping[str, Any], weight: Tensor) -> str | None:
     if not isinstance(saved, torch.dtype) or saved == weight.dtype:
         raise refusal
     # Another dtype: the same weight, rounded? Each of the sketch's numbers then moves by the rounding alone.
-    allowed = 6 * max(fingerprint.rounding_unit(saved), fingerprint.rounding_unit(weight.dtype))
+    norm = float(torch.linalg.vector_norm(weight.detach(), dtype=torch.float64))
+    allowed = 6 * norm * max(fingerprint.rounding_unit(saved), fingerprint.rounding_unit(weight.dtype))
     now = fingerprint.weight_sketch(weight, name)
     if max(abs(a - b) for a, b in zip(now, described["weight_sketch"], strict=True)) > allowed:
         raise refusal

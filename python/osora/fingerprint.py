@@ -27,12 +27,14 @@ def _signs(label: str, size: int) -> Tensor:
 
 
 def weight_digest(weight: Tensor) -> str:
-    """SHA-256 of a weight's values in float32 (float64 for float64), row by row.
+    """SHA-256 of a weight's values, row by row, in float32; in float64 where float32 does not hold them.
 
-    A bfloat16 weight and the float32 weight loaded from it have equal values, and so one digest.
+    A bfloat16 weight and the float32 or float64 weight loaded from it have equal values, and so one digest.
     """
     digest = hashlib.sha256()
-    dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
+    dtype = torch.float32
+    if weight.dtype == torch.float64 and not torch.equal(weight.detach().float().double(), weight.detach()):
+        dtype = torch.float64
     rows = max(1, 2**22 // max(1, weight.shape[1]))  # some 16 MB at a time
     for begin in range(0, weight.shape[0], rows):
         part = weight.detach()[begin : begin + rows].to(device="cpu", dtype=dtype).contiguous()
@@ -41,12 +43,11 @@ def weight_digest(weight: Tensor) -> str:
 
 
 def weight_sketch(weight: Tensor, name: str) -> list[float]:
-    """``gᵢᵀ W hᵢ / ‖W‖_F`` for fixed sign vectors g, h: about N(0, 1) each."""
-    norm = float(torch.linalg.vector_norm(weight.detach(), dtype=torch.float64)) or 1.0
+    """``gᵢᵀ W hᵢ`` for fixed sign vectors g, h: about N(0, ‖W‖²) each."""
     exact = weight.detach().to(device="cpu", dtype=torch.float64 if weight.dtype == torch.float64 else torch.float32)
     h = torch.stack([_signs(f"{name}|h{i}", weight.shape[1]) for i in range(PROBES)], 1).to(exact.dtype)
     image = (exact @ h).to(torch.float64)
-    return [_short(float(_signs(f"{name}|g{i}", weight.shape[0]) @ image[:, i]) / norm) for i in range(PROBES)]
+    return [_short(float(_signs(f"{name}|g{i}", weight.shape[0]) @ image[:, i])) for i in range(PROBES)]
 
 
 def factored_sketch(left: Tensor, right: Tensor, name: str) -> list[float]:
