@@ -1,0 +1,453 @@
+# SPDX-License-Identifier: Apache-2.0
+"""attach and detach: which layers, that nothing changes, and that everything comes back."""
+
+import copy
+import logging
+import pickle
+
+import pytest
+import torch
+from helpers import logits, move_adapter, tiny_bert, tiny_gpt2, tiny_llama, token_ids
+from torch import Tensor, nn
+
+import osora
+from osora import OsoraConfig, attach, detach
+from osora.patch import adapted_layers
+
+LLAMA_LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+MODELS = {"llama": tiny_llama, "gpt2": tiny_gpt2, "bert": tiny_bert}
+every_model = pytest.mark.parametrize("make", MODELS.values(), ids=MODELS.keys())
+
+
+def names(model: nn.Module) -> list[str]:
+    return list(adapted_layers(model))
+
+
+def endings(model: nn.Module) -> list[str]:
+    return sorted({name.rsplit(".", 1)[-1] for name in names(model)})
+
+
+def attached(model: nn.Module, **config) -> nn.Module:
+    return attach(model, OsoraConfig(**({"r": 4} | config)))
+
+
+# -- which layers ----------------------------------------------------------------------------------------------------
+
+
+def test_all_linear_is_every_linear_but_the_head():
+    model = attached(tiny_llama(tied=False))
+    assert names(model) == [
+        f"model.layers.{i}.{'self_attn' if name[0] in 'qkvo' else 'mlp'}.{name}"
+        for i in (0, 1)
+        for name in LLAMA_LINEARS
+    ]
+    assert endings(attached(tiny_gpt2())) == ["c_attn", "c_fc", "c_proj"]
+    assert "cls.predictions.decoder" not in names(attached(tiny_bert()))
+    assert "cls.predictions.transform.dense" in names(attached(tiny_bert()))
+
+
+@pytest.mark.parametrize(
+    "targets, found",
+    [
+        (["q_proj", "v_proj"], ["q_proj", "v_proj"]),
+        (["self_attn.q_proj"], ["q_proj"]),
+        (r".*\.(up|down)_proj", ["down_proj", "up_proj"]),
+        (r"model\.layers\.1\.mlp\.gate_proj", ["gate_proj"]),
+        ({"k_proj"}, ["k_proj"]),
+        (["lm_head"], ["lm_head"]),
+    ],
+)
+def test_targets(targets, found):
+    assert endings(attached(tiny_llama(tied=False), target_modules=targets)) == found
+
+
+@pytest.mark.parametrize("wrong", [["proj"], ["_proj"], "q_proj", ["layers"], "model"])
+def test_a_part_of_a_name_is_no_match(wrong):
+    with pytest.raises(ValueError, match=r"no module matches|is a transformers|is a torch"):
+        attached(tiny_llama(), target_modules=wrong)
+
+
+def test_the_message_when_nothing_matches_lists_what_there_is():
+    with pytest.raises(ValueError, match=r"no module matches.*'nope'.*down_proj, gate_proj, k_proj, lm_head, o_proj"):
+        attached(tiny_llama(), target_modules=["nope"])
+    with pytest.raises(ValueError, match="none at all"):
+        attached(nn.Sequential(nn.Conv2d(1, 1, 1)))
+
+
+def test_exclude_modules():
+    model = attached(tiny_llama(), exclude_modules=["mlp.up_proj", "o_proj"])
+    assert endings(model) == ["down_proj", "gate_proj", "k_proj", "q_proj", "v_proj"]
+    assert all(".1." in name for name in names(attached(tiny_llama(), exclude_modules=r".*layers\.0\..*")))
+
+
+@pytest.mark.parametrize("layers", [1, [1], [1, 7]])
+def test_layers_to_transform(layers):
+    found = names(attached(tiny_llama(layers=3), layers_to_transform=layers))
+    assert len(found) == 7 and all(name.startswith("model.layers.1.") for name in found)
+
+
+def test_rank_pattern_and_clipping(caplog):
+    with caplog.at_level(logging.INFO, "osora"):
+        model = attached(tiny_llama(layers=1), r=20, rank_pattern={"q_proj": 3, r"mlp\..*": 999})
+    ranks = {name.rsplit(".", 1)[-1]: layer.rank for name, layer in adapted_layers(model).items()}
+    assert ranks == dict(q_proj=3, k_proj=16, v_proj=16, o_proj=20, gate_proj=32, up_proj=32, down_proj=32)
+    notes = {module.name: module.note for module in osora.summary(model).modules if module.note}
+    assert notes["model.layers.0.self_attn.k_proj"] == "rank 20 clipped to 16"
+    assert notes["model.layers.0.mlp.up_proj"] == "rank 999 clipped to 32" and len(notes) == 5
+    assert "k_proj: rank 20 clipped to 16" in str(osora.summary(model))
+    assert sum("clipped" in record.message for record in caplog.records) == 5
+
+
+def test_a_rank_pattern_without_a_match_is_refused():
+    with pytest.raises(ValueError, match="rank_pattern 'q_prj' matches no target"):
+        attached(tiny_llama(), rank_pattern={"q_prj": 3})
+
+
+@pytest.mark.parametrize("target", [["embed_tokens"], ["norm"], ["self_attn"]])
+def test_other_modules_are_refused_by_name(target):
+    with pytest.raises(ValueError, match=r"is a (torch|transformers)\S+; osora adapts torch.nn.Linear and .*Conv1D"):
+        attached(tiny_llama(), target_modules=target)
+
+
+def test_a_tied_head_is_refused():
+    with pytest.raises(ValueError, match=r"weight of lm_head is tied .*exclude_modules=\['lm_head'\]"):
+        attached(tiny_llama(tied=True), target_modules=["lm_head", "q_proj"])
+
+
+class Attention(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention = nn.MultiheadAttention(16, 2, batch_first=True)
+        self.after = nn.Linear(16, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.after(self.attention(x, x, x)[0])
+
+
+def test_out_proj_of_multihead_attention():
+    """Its forward reads the weight and never calls the layer: an adapter there would do nothing."""
+    assert names(attached(Attention())) == ["after"]
+    with pytest.raises(ValueError, match=r"attention.out_proj is a torch\S+NonDynamicallyQuantizableLinear"):
+        attached(Attention(), target_modules=["out_proj"])
+
+
+class Encoder(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.encoder = nn.TransformerEncoder(nn.TransformerEncoderLayer(16, 2, 24, batch_first=True), 2)
+        self.after = nn.Linear(16, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.after(self.encoder(x))
+
+
+@pytest.mark.parametrize("gradients", [True, False])
+@pytest.mark.parametrize("targets", ["all-linear", ["linear1"], ["linear2"]], ids=str)
+def test_a_transformer_encoder_never_skips_an_adapter(targets, gradients):
+    """In eval mode torch reads the weights of linear1 and linear2 and does not call them, if nothing stops it."""
+    model, x = Encoder().eval(), torch.randn(2, 5, 16)
+    try:
+        attached(model, target_modules=targets)
+    except ValueError as refusal:
+        assert targets != "all-linear" and "TransformerEncoderLayer" in str(refusal)
+        return
+    with torch.set_grad_enabled(gradients):
+        for name, layer in adapted_layers(model).items():
+            before = model(x)
+            layer.o.data.normal_()
+            assert not torch.allclose(model(x), before, atol=1e-3), f"the adapter of {name} is ignored"
+
+
+def test_a_subclass_of_linear_is_left_alone():
+    class Special(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x) * 2
+
+    model = nn.Sequential(Special(4, 4), nn.Linear(4, 4))
+    assert names(attached(model)) == ["1"]
+    with pytest.raises(ValueError, match=r"0 is a .*Special"):
+        attached(nn.Sequential(Special(4, 4)), target_modules=["0"])
+
+
+# -- nothing changes -------------------------------------------------------------------------------------------------
+
+
+@every_model
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+def test_logits_are_the_same_bits(make, dtype):
+    model, ids = make(dtype=dtype), token_ids()
+    one, before = token_ids(1, 1), logits(model, ids)
+    before_one = logits(model, one)
+    attached(model)
+    assert torch.equal(logits(model, ids), before) and torch.equal(logits(model, one), before_one)
+    with_gradients = model(ids).logits
+    assert with_gradients.requires_grad and torch.equal(with_gradients, before)
+    move_adapter(model)
+    assert not torch.equal(logits(model, ids), before)
+    with osora.disabled(model) as same:
+        assert same is model and torch.equal(logits(model, ids), before)
+    assert not torch.equal(logits(model, ids), before)
+
+
+@every_model
+def test_it_trains_o_and_s_alone(make):
+    model, ids = attached(make()).train(), token_ids()
+    parameters = osora.adapter_parameters(model)
+    trainable = {name for name, p in model.named_parameters() if p.requires_grad}
+    assert {name.rsplit(".", 1)[1] for name in trainable} == {"o", "s"}
+    assert {id(p) for p in parameters} == {id(p) for p in model.parameters() if p.requires_grad}
+    frozen = {name: p.clone() for name, p in model.named_parameters() if name not in trainable}
+    optimiser, losses = torch.optim.AdamW(parameters, lr=0.02), []
+    for _ in range(20):
+        optimiser.zero_grad()
+        loss = nn.functional.cross_entropy(model(ids).logits.flatten(0, 1), ids.flatten())
+        loss.backward()
+        optimiser.step()
+        losses.append(float(loss.detach()))
+    assert losses[-1] < 0.9 * losses[0]
+    assert all(p.abs().max() > 0 for p in parameters)
+    assert all(torch.equal(dict(model.named_parameters())[name], value) for name, value in frozen.items())
+
+
+def test_a_model_that_generates():
+    model, ids = attached(tiny_llama()), token_ids(1, 4)
+    wish = model.generate(ids, max_new_tokens=4, do_sample=False)
+    move_adapter(model, 0.2)
+    cached = model.generate(ids, max_new_tokens=4, do_sample=False)
+    assert cached.shape == wish.shape
+    assert torch.equal(cached, model.generate(ids, max_new_tokens=4, do_sample=False, use_cache=False))
+
+
+def test_the_same_seed_gives_the_same_adapter():
+    first, second = attached(tiny_llama()), attached(tiny_llama())
+    for a, b in zip(adapted_layers(first).values(), adapted_layers(second).values(), strict=True):
+        assert torch.equal(a.U, b.U) and torch.equal(a.V, b.V) and torch.equal(a.S0, b.S0)
+
+
+def test_the_basis_is_the_singular_value_decomposition():
+    layer = adapted_layers(attached(tiny_llama()))["model.layers.1.mlp.down_proj"]
+    U, S, V, _ = osora.reference.truncated_svd(layer.weight, 4)
+    torch.testing.assert_close(layer.S0.double(), S, rtol=1e-5, atol=0)
+    torch.testing.assert_close((layer.U * layer.S0) @ layer.V.t(), ((U * S) @ V.t()).float(), rtol=1e-3, atol=1e-3)
+
+
+# -- everything comes back -------------------------------------------------------------------------------------------
+
+
+class Shape(dict):
+    """What a model is, to the object: modules, tensors, addresses, flags."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__(
+            modules={name: id(m) for name, m in model.named_modules(remove_duplicate=False)},
+            parameters={
+                n: (id(p), p.data_ptr(), p.requires_grad) for n, p in model.named_parameters(remove_duplicate=False)
+            },
+            buffers={n: (id(b), b.data_ptr()) for n, b in model.named_buffers(remove_duplicate=False)},
+            keys=list(model.state_dict()),
+            training={name: m.training for name, m in model.named_modules()},
+            attributes=sorted(model.__dict__),
+        )
+
+
+@every_model
+def test_detach_gives_back_the_very_model(make):
+    model, ids = make(), token_ids()
+    next(iter(model.parameters())).requires_grad_(False)
+    list(model.parameters())[3].requires_grad_(False)
+    before, values, wish = Shape(model), copy.deepcopy(model.state_dict()), logits(model, ids)
+    addresses = {n: p.data_ptr() for n, p in model.named_parameters()}
+    attached(model)
+    osora.merge(move_adapter(model))
+    osora.unmerge(model)
+    for name, p in model.named_parameters():
+        if "base_layer" in name:
+            assert p.data_ptr() == addresses[name.replace(".base_layer", "")]
+    assert detach(model) is model
+    assert Shape(model) == before and torch.equal(logits(model, ids), wish)
+    assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), values.values(), strict=True))
+    attached(model)  # and again
+    assert len(names(model)) > 6
+
+
+def test_detach_of_a_merged_model():
+    model = tiny_llama()
+    before = Shape(model)
+    osora.merge(move_adapter(attached(model)))
+    detach(model)
+    assert Shape(model) == before
+
+
+@pytest.mark.parametrize("already", [True, False])
+def test_detach_merged_leaves_a_plain_model(already):
+    model, ids = move_adapter(attached(tiny_llama())), token_ids()
+    wish, flags = logits(model, ids), [True] * len(list(tiny_llama().parameters()))
+    if already:
+        osora.merge(model)
+    detach(model, merged=True)
+    assert not names(model) and list(model.state_dict()) == list(tiny_llama().state_dict())
+    torch.testing.assert_close(logits(model, ids), wish, rtol=1e-4, atol=1e-4)
+    assert [p.requires_grad for p in model.parameters()] == flags
+
+
+def test_detach_merged_takes_all_layers_or_none():
+    model = move_adapter(attached(tiny_llama().half()))
+    last = list(adapted_layers(model).values())[-1]
+    with torch.no_grad():
+        last.s.fill_(1e6)
+    with pytest.raises(ValueError, match=r"layers\.1\.mlp\.down_proj: .*NaN or infinite"):
+        detach(model, merged=True)
+    assert not any(layer.merged for layer in adapted_layers(model).values())
+    assert not names(detach(model))
+
+
+def test_detach_keeps_the_mode():
+    for mode in (True, False):
+        model = attached(tiny_llama()).train(mode)
+        assert all(m.training == mode for m in model.modules())
+        assert all(m.training == mode for m in detach(model).modules())
+
+
+# -- shared, copied, cast --------------------------------------------------------------------------------------------
+
+
+class Shared(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(6, 6)
+        self.block = nn.Sequential(nn.Tanh(), nn.Linear(6, 6))
+        self.again = nn.ModuleDict({"block": self.block, "first": self.first})
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.again["block"](self.first(self.block(self.again["first"](x))))
+
+
+def test_a_shared_module_is_adapted_once_in_both_places():
+    model, x = Shared(), torch.randn(3, 6)
+    before, y = Shape(model), model(x)
+    attached(model)
+    assert model.first is model.again["first"] and model.block[1] is model.again["block"][1]
+    assert names(model) == ["first", "block.1"] and len(osora.adapter_parameters(model)) == 4
+    assert torch.equal(model(x), y)
+    move_adapter(model)
+    merged = osora.merge(model)(x)
+    assert not torch.equal(merged, y)
+    osora.unmerge(model)
+    torch.testing.assert_close(model(x), merged)
+    assert Shape(detach(model)) == before
+
+
+def test_a_shared_module_is_found_by_either_name():
+    assert len(names(attached(Shared(), target_modules=[r"again.first"]))) == 1
+    with pytest.raises(ValueError, match="no module matches"):
+        attached(Shared(), target_modules=["again.first"], exclude_modules=["first"])
+
+
+@pytest.mark.parametrize(
+    "copy_of", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))], ids=["deepcopy", "pickle"]
+)
+def test_copies_of_a_model(copy_of):
+    model, ids = move_adapter(attached(tiny_llama())), token_ids()
+    other = copy_of(model)
+    assert torch.equal(logits(other, ids), logits(model, ids))
+    assert str(osora.summary(other)) == str(osora.summary(model))
+    assert not ({id(p) for p in other.parameters()} & {id(p) for p in model.parameters()})
+    assert not names(detach(other)) and len(names(model)) == 14
+
+
+@pytest.mark.parametrize("there", [torch.bfloat16, torch.float16, torch.float64])
+def test_a_cast_and_back(there):
+    model = move_adapter(attached(tiny_llama()))
+    before = [t.clone() for layer in adapted_layers(model).values() for t in (layer.o, layer.s, layer.S0)]
+    ids = token_ids()
+    assert torch.isfinite(logits(model.to(there), ids)).all()
+    model.to(torch.float32)
+    after = [t for layer in adapted_layers(model).values() for t in (layer.o, layer.s, layer.S0)]
+    assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+
+
+def test_disabled_comes_back_after_an_error_and_nests():
+    model = move_adapter(attached(tiny_llama()))
+    ids = token_ids()
+    wish = logits(model, ids)
+    with pytest.raises(KeyError), osora.disabled(model), osora.disabled(model):
+        raise KeyError
+    assert torch.equal(logits(model, ids), wish)
+    with pytest.raises(ValueError, match="unmerge"), osora.disabled(osora.merge(model)):
+        pass
+
+
+# -- refusals leave the model as it was ------------------------------------------------------------------------------
+
+
+def test_a_second_adapter_is_refused():
+    model = attached(tiny_llama())
+    layers = names(model)
+    with pytest.raises(ValueError, match=r"has an osora adapter already: call osora\.detach"):
+        attached(model)
+    with pytest.raises(ValueError, match="already"):
+        attached(nn.ModuleDict({"part": model}))
+    assert names(model) == layers
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_bad_last_weight_leaves_the_model_untouched(bad):
+    model = tiny_llama()
+    with torch.no_grad():
+        model.model.layers[-1].mlp.down_proj.weight[3, 5] = bad
+    before = Shape(model)
+    with pytest.raises(ValueError, match=r"model\.layers\.1\.mlp\.down_proj\.weight has NaN or infinite"):
+        attached(model)
+    assert Shape(model) == before
+
+
+def test_no_convergence_leaves_the_model_untouched():
+    model = nn.Sequential(nn.Linear(300, 300))
+    before = Shape(model)
+    with pytest.raises(osora.ConvergenceError, match="no certificate of tol=1e-18 for 0"):
+        attach(model, OsoraConfig(r=4, tol=1e-18), unconverged="raise")
+    assert Shape(model) == before
+    with pytest.warns(RuntimeWarning, match="no certificate"):
+        attach(model, OsoraConfig(r=4, tol=1e-18))
+    assert not osora.summary(model).converged and "NOT ALL CONVERGED" in str(osora.summary(model))
+
+
+def test_a_model_without_weights_is_refused():
+    with pytest.raises(ValueError, match=r"0\.weight is on the meta device"):
+        attached(nn.Sequential(nn.Linear(4, 4, device="meta")))
+
+
+def test_wrong_calls():
+    model = tiny_llama()
+    for function in (detach, osora.merge, osora.unmerge, osora.summary, osora.adapter_parameters):
+        with pytest.raises(ValueError, match=r"no osora adapter: call osora\.attach"):
+            function(model)
+    with pytest.raises(TypeError, match="config must be an OsoraConfig, got dict"):
+        attach(model, {"r": 3})
+    with pytest.raises(ValueError, match="unconverged"):
+        attach(model, OsoraConfig(r=4), unconverged="never")
+    assert not names(model)
+
+
+# -- what there is ---------------------------------------------------------------------------------------------------
+
+
+def test_summary_counts():
+    model = tiny_llama()
+    total = sum(p.numel() for p in model.parameters())
+    summary = osora.summary(attached(model))
+    assert summary.trainable == sum(p.numel() for p in osora.adapter_parameters(model)) == 2 * (240 + 7 * 4)
+    assert summary.total == total and summary.share == summary.trainable / total
+    assert summary.converged and 0 <= summary.max_residual < 1e-3 and summary.seconds > 0
+    first = summary.modules[0]
+    assert (first.name, first.shape, first.rank) == ("model.layers.0.self_attn.q_proj", (32, 32), 4)
+    table = str(summary)
+    assert "trainable 536 of 20,160 (2.659%)" in table and "56 x 32" in table
+
+
+def test_progress_does_not_speak_unless_asked(capsys):
+    attached(tiny_llama())
+    assert capsys.readouterr() == ("", "")
+    attach(tiny_llama(), OsoraConfig(r=4), progress=True)
+    out, err = capsys.readouterr()
+    assert "decomposing" in out + err and "14/14" in out + err
