@@ -222,7 +222,7 @@ def run_python(program: str, *arguments: object) -> str:
     """Run a program in a new process that finds what this one finds; give back what it printed."""
     environment = os.environ | {
         "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *filter(None, sys.path)]),
-        "OMP_NUM_THREADS": "1",
+        "OMP_NUM_THREADS": str(torch.get_num_threads()),  # other threads, other rounding
     }
     done = subprocess.run(
         [sys.executable, "-c", program, *map(str, arguments)],

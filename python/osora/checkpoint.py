@@ -12,8 +12,9 @@ import os
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +60,9 @@ _MODULE_FIELDS = {
 }
 
 
+_FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
 class AdapterError(ValueError):
     """An adapter that cannot be loaded as it is: damaged, of another format, or made for another base."""
 
@@ -66,21 +70,24 @@ class AdapterError(ValueError):
 # -- save ------------------------------------------------------------------------------------------------------------
 
 
-def _write_atomically(path: Path, write: Callable[[Path], object]) -> None:
-    """Write to a temporary name in the same folder, then rename: a reader never meets half a file."""
-    handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+@contextmanager
+def _temporary_beside(path: Path) -> Iterator[Path]:
+    """A temporary file in ``path``'s folder: to be renamed to it when all is written, and else removed."""
+    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
     os.close(handle)
     try:
-        write(Path(temporary))
-        with open(temporary, "rb") as file:
-            os.fsync(file.fileno())
-        mask = os.umask(0)
-        os.umask(mask)
-        os.chmod(temporary, 0o666 & ~mask)  # mkstemp's 0600 would keep a group from reading the adapter
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+        yield Path(name)
+    finally:
+        Path(name).unlink(missing_ok=True)
+
+
+def _finish(path: Path) -> None:
+    """On the disk, and with the mode of any new file: mkstemp's 0600 would keep a group from reading the adapter."""
+    with open(path, "rb") as file:
+        os.fsync(file.fileno())
+    mask = os.umask(0)
+    os.umask(mask)
+    os.chmod(path, 0o666 & ~mask)
 
 
 def _file_sha256(path: Path) -> str:
@@ -169,24 +176,30 @@ def save_adapter(model: nn.Module, folder: str | os.PathLike[str], *, save_basis
         modules = list(pool.map(lambda item: _describe(*item), layers.items()))
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    _write_atomically(folder / TENSOR_FILE, lambda path: save_file(tensors, path, metadata={"format": "pt"}))
-    config = {
-        "method": "osora",
-        "format_version": FORMAT_VERSION,
-        "config": state.config.to_dict(),
-        "save_basis": save_basis,
-        "tensors_sha256": _file_sha256(folder / TENSOR_FILE),
-        "modules": modules,
-    }
-    text = _config_text(config)
-    _write_atomically(folder / CONFIG_FILE, lambda path: path.write_text(text, encoding="utf-8"))
+    paths = folder / TENSOR_FILE, folder / CONFIG_FILE
+    with _temporary_beside(paths[0]) as new_tensors, _temporary_beside(paths[1]) as new_config:
+        save_file(tensors, new_tensors, metadata={"format": "pt"})
+        config = {
+            "method": "osora",
+            "format_version": FORMAT_VERSION,
+            "config": state.config.to_dict(),
+            "save_basis": save_basis,
+            "tensors_sha256": _file_sha256(new_tensors),
+            "modules": modules,
+        }
+        new_config.write_text(_config_text(config), encoding="utf-8")
+        # Both are whole before either takes its place; the checksum tells if a crash parts these two lines.
+        for new in (new_tensors, new_config):
+            _finish(new)
+        os.replace(new_tensors, paths[0])
+        os.replace(new_config, paths[1])
 
 
 # -- load ------------------------------------------------------------------------------------------------------------
 
 
 def _is_sketch(value: Any) -> bool:
-    return len(value) == fingerprint.PROBES and all(isinstance(v, int | float) and math.isfinite(v) for v in value)
+    return len(value) == fingerprint.PROBES and all(isinstance(v, float) and math.isfinite(v) for v in value)
 
 
 def _read_config(path: Path) -> dict[str, Any]:
@@ -194,7 +207,7 @@ def _read_config(path: Path) -> dict[str, Any]:
         raise FileNotFoundError(f"no adapter here: {path} does not exist")
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (ValueError, RecursionError) as error:  # a UnicodeDecodeError and a JSONDecodeError are ValueErrors
         raise AdapterError(f"{path} is not valid JSON: {error}") from error
     if not isinstance(config, dict) or config.get("method") != "osora":
         method = config.get("method", config.get("peft_type")) if isinstance(config, dict) else None
@@ -278,11 +291,11 @@ def _check_base(described: Mapping[str, Any], weight: Tensor) -> str | None:
         f"the base weight {name} is not the one this adapter was trained on: load it on its own base model "
         f"(dtype {described['dtype']})"
     )
-    if not isinstance(saved, torch.dtype) or saved == weight.dtype:
+    if saved not in _FLOATS or saved == weight.dtype:
         raise refusal
     # Another dtype: the same weight, rounded? Each of the sketch's numbers then moves by the rounding alone.
     norm = float(torch.linalg.vector_norm(weight.detach(), dtype=torch.float64))
-    allowed = 6 * norm * max(fingerprint.rounding_unit(saved), fingerprint.rounding_unit(weight.dtype))
+    allowed = 6 * max(fingerprint.rounding_unit(saved), fingerprint.rounding_unit(weight.dtype)) * norm
     now = fingerprint.weight_sketch(weight, name)
     if max(abs(a - b) for a, b in zip(now, described["weight_sketch"], strict=True)) > allowed:
         raise refusal
@@ -351,10 +364,12 @@ def load_adapter(model: nn.Module, folder: str | os.PathLike[str], *, progress: 
     for name, module in model.named_modules(remove_duplicate=False):
         names_of.setdefault(id(module), []).append(name)
     holders = weight_holders(model)
-    targets = []
+    targets: list[Target] = []
     for item in modules.values():
         module = _find_module(model, item, holders)
         names = sorted(names_of[id(module)], key=lambda name: name != item["name"])
+        if names[0] != item["name"] or any(module is target.module for target in targets):
+            raise AdapterError(f"{item['name']} is another name of {names[0]} or of a module named before it")
         targets.append(Target(tuple(names), module, item["rank"]))
     _check_all_bases(list(modules.values()), [oriented_weight(target.module) for target in targets])
 

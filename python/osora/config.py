@@ -3,7 +3,7 @@
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
@@ -93,6 +93,8 @@ class OsoraConfig:
         put("rank_pattern", dict(self.rank_pattern))
         if self.layers_to_transform is not None:
             layers = self.layers_to_transform
+            if not isinstance(layers, int | Iterable):
+                raise TypeError(f"layers_to_transform must be an int or a list of ints, got {layers!r}")
             layers = (layers,) if isinstance(layers, int) else tuple(layers)
             if not layers:
                 raise ValueError("layers_to_transform must not be empty; leave it out to adapt every layer")

@@ -16,8 +16,8 @@ PROBES = 4  # numbers per sketch
 
 
 def _short(value: float) -> float:
-    """Seven digits: far more than a comparison of sketches looks at, and half the text."""
-    return float(f"{value:.7g}")
+    """Nine digits: more than the comparison of a float32 and a float64 weight looks at, and half the text."""
+    return float(f"{value:.9g}")
 
 
 def _signs(label: str, size: int) -> Tensor:
@@ -43,10 +43,11 @@ def weight_digest(weight: Tensor) -> str:
 
 
 def weight_sketch(weight: Tensor, name: str) -> list[float]:
-    """``gᵢᵀ W hᵢ`` for fixed sign vectors g, h: about N(0, ‖W‖²) each."""
-    exact = weight.detach().to(device="cpu", dtype=torch.float64 if weight.dtype == torch.float64 else torch.float32)
-    h = torch.stack([_signs(f"{name}|h{i}", weight.shape[1]) for i in range(PROBES)], 1).to(exact.dtype)
-    image = (exact @ h).to(torch.float64)
+    """``gᵢᵀ W hᵢ`` for fixed sign vectors g, h: about N(0, ‖W‖_F²) each. In float64: the sums must add no error."""
+    h = torch.stack([_signs(f"{name}|h{i}", weight.shape[1]) for i in range(PROBES)], 1)
+    rows = max(1, 2**21 // max(1, weight.shape[1]))  # some 16 MB at a time
+    parts = [part.to("cpu", torch.float64) @ h for part in weight.detach().split(rows)]
+    image = torch.cat(parts)
     return [_short(float(_signs(f"{name}|g{i}", weight.shape[0]) @ image[:, i])) for i in range(PROBES)]
 
 

@@ -160,5 +160,7 @@ class OsoraLinear(nn.Module):
 
 def _has_hooks(module: nn.Module) -> bool:
     """Whether calling the module does more than its forward: hooks of a user, or of accelerate."""
-    hooked: Any = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks
+    hooked: Any = (
+        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    )
     return bool(hooked) or "forward" in module.__dict__

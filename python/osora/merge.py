@@ -3,8 +3,7 @@
 
 from torch import nn
 
-from osora.layers import OsoraLinear
-from osora.patch import adapted_layers, state_of
+from osora.patch import adapted_layers, merge_layers, state_of
 
 
 def merge(model: nn.Module) -> nn.Module:
@@ -20,15 +19,7 @@ def merge(model: nn.Module) -> nn.Module:
         ValueError: no adapter, merged already, or a merged weight would be NaN or infinite, naming the layer.
     """
     state_of(model)
-    done: list[OsoraLinear] = []
-    for name, layer in adapted_layers(model).items():
-        try:
-            layer.merge()
-        except ValueError as error:
-            for earlier in done:
-                earlier.unmerge()
-            raise ValueError(f"{name}: {error}") from error
-        done.append(layer)
+    merge_layers(adapted_layers(model))
     return model
 
 

@@ -20,13 +20,21 @@ _ops = torch.ops.osora
 # -- fake kernels: shapes and dtypes without data --------------------------------------------------------------------
 
 
+def _one_device(name: str, *tensors: Tensor | None) -> None:
+    # They run for real when one tensor is on the meta device: the result would be uninitialised memory of another's.
+    devices = {str(t.device) for t in tensors if t is not None}
+    torch._check(len(devices) == 1, lambda: f"osora::{name}: all must be on one device, got {sorted(devices)}")
+
+
 @torch.library.register_fake("osora::fold")
 def _(U: Tensor, S0: Tensor, s: Tensor, o: Tensor) -> Tensor:
+    _one_device("fold", U, S0, s, o)
     return U.new_empty(U.shape)
 
 
 @torch.library.register_fake("osora::fold_backward")
 def _(U: Tensor, P: Tensor, S0: Tensor, s: Tensor, o: Tensor, need_s: bool, need_o: bool) -> tuple[Tensor, Tensor]:
+    _one_device("fold_backward", U, P, S0, s, o)
     return P.new_empty(U.shape[1] if need_s else 0), P.new_empty(U.shape[0] if need_o else 0)
 
 
@@ -34,6 +42,7 @@ def _(U: Tensor, P: Tensor, S0: Tensor, s: Tensor, o: Tensor, need_s: bool, need
 def _(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, U: Tensor, V: Tensor, S0: Tensor, s: Tensor, o: Tensor
 ) -> tuple[Tensor, Tensor]:
+    _one_device("linear", x, weight, bias, U, V, S0, s, o)
     rows = math.prod(x.shape[:-1])
     return x.new_empty((*x.shape[:-1], U.shape[0])), x.new_empty((rows, U.shape[1]))
 
@@ -52,6 +61,7 @@ def _(
     need_s: bool,
     need_o: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    _one_device("linear_backward", dy, h, weight, U, V, S0, s, o)
     sums = reference.accumulate_dtype(dy.dtype)
     dx = dy.new_empty((*dy.shape[:-1], V.shape[0]) if need_x else (0,))
     ds = dy.new_empty(U.shape[1] if need_s else 0, dtype=sums)
@@ -125,9 +135,10 @@ def _linear_save(ctx: Any, inputs: tuple, h: Tensor) -> None:
 
 def _linear_gradient(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     h, *rest = ctx.saved_tensors
-    weight = rest.pop(0) if ctx.has_weight else None
+    weight = rest.pop(0).to(h.dtype) if ctx.has_weight else None
     U, V, S0, s, o = rest
-    need_x, _, need_bias, _, _, _, need_s, need_o = ctx.needs_input_grad
+    U, V = U.to(h.dtype), V.to(h.dtype)
+    need_x, _, need_bias, _, _, _, need_s, need_o = ctx.needs_input_grad[-8:]
     dx, ds, do = _ops.linear_backward(dy, h, weight, U, V, S0, s, o, need_x, need_s, need_o)
     dbias = dy.reshape(-1, dy.shape[-1]).sum(0) if need_bias else None
     return (
@@ -174,14 +185,20 @@ class _Linear(torch.autograd.Function):
     """``osora::linear`` for autograd. About 40 us a call cheaper than an operator's registered derivative."""
 
     @staticmethod
-    def forward(ctx: Any, *inputs: Tensor | None) -> Tensor:
-        y, h = _ops.linear(*inputs)
+    def forward(ctx: Any, autocast: bool, *inputs: Tensor | None) -> Tensor:
+        # The frozen tensors are cast here and once more in the backward: a 16-bit copy is not worth keeping.
+        y, h = _ops.linear(*(_cast_frozen(inputs) if autocast else inputs))
         _linear_save(ctx, inputs, h)
         return y
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        return _linear_gradient(ctx, dy)
+        return None, *_linear_gradient(ctx, dy)
+
+
+def _cast_frozen(inputs: tuple) -> tuple:
+    x, weight, bias, U, V, *rest = inputs
+    return x, None if weight is None else weight.to(x.dtype), bias, U.to(x.dtype), V.to(x.dtype), *rest
 
 
 # -- what to call ----------------------------------------------------------------------------------------------------
@@ -228,16 +245,14 @@ def linear(
             backward.
     """
     device = x.device.type
-    if torch.is_autocast_enabled(device):
+    autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    if autocast := autocast and x.dtype != torch.float64:  # as torch's own rule: autocast leaves float64 alone
         dtype = torch.get_autocast_dtype(device)
-        if x.dtype != torch.float64:  # as torch's own rule: autocast leaves float64 alone
-            x, U, V = x.to(dtype), U.to(dtype), V.to(dtype)
-            weight = None if weight is None else weight.to(dtype)
-            bias = None if bias is None else bias.to(dtype)
+        x, bias = x.to(dtype), None if bias is None else bias.to(dtype)
     inputs = (x, weight, bias, U, V, S0, s, o)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs):
-        return _Linear.apply(*inputs)
-    return _ops.linear(*inputs)[0]
+        return _Linear.apply(autocast, *inputs)
+    return _ops.linear(*(_cast_frozen(inputs) if autocast else inputs))[0]
 
 
 # -- CUDA tensors without a CUDA build -------------------------------------------------------------------------------

@@ -6,7 +6,7 @@ import os
 import re
 import time
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -96,6 +96,12 @@ def check_is_linear(name: str, module: nn.Module) -> None:
     )
 
 
+def _bypassed(model: nn.Module) -> set[int]:
+    """Identities of linear layers whose parent may use their weights without calling them."""
+    parents = [module for module in model.modules() if isinstance(module, nn.TransformerEncoderLayer)]
+    return {id(layer) for parent in parents for layer in (parent.linear1, parent.linear2)}
+
+
 def check_not_tied(name: str, module: nn.Module, holders: dict[int, set[int]]) -> None:
     """Raise for a weight that another module holds too: merging would make two weights of one."""
     if len(holders[id(module.weight)]) > 1:
@@ -127,7 +133,7 @@ def find_targets(model: nn.Module, config: OsoraConfig) -> list[Target]:
     for name, module in model.named_modules(remove_duplicate=False):
         names_of[id(module)].append(name)
         modules[id(module)] = module
-    head, holders = _output_head(model), weight_holders(model)
+    head, holders, bypassed = _output_head(model), weight_holders(model), _bypassed(model)
     everything = config.target_modules == ALL_LINEAR
     layers = config.layers_to_transform
     assert layers is None or isinstance(layers, tuple)  # OsoraConfig has brought it to this form
@@ -135,7 +141,7 @@ def find_targets(model: nn.Module, config: OsoraConfig) -> list[Target]:
     for key, names in names_of.items():
         module, name = modules[key], names[0]
         if everything:
-            wanted = _is_linear(module) and module is not head
+            wanted = _is_linear(module) and module is not head and key not in bypassed
         else:
             wanted = any(_matches(n, config.target_modules) for n in names)
         if not wanted or not name:
@@ -145,6 +151,11 @@ def find_targets(model: nn.Module, config: OsoraConfig) -> list[Target]:
         if layers is not None and _layer_index(name) not in layers:
             continue
         check_is_linear(name, module)
+        if key in bypassed:
+            raise ValueError(
+                f"target {name} belongs to a torch.nn.TransformerEncoderLayer, which reads its weight in eval mode "
+                "without calling it: an adapter would be ignored; exclude_modules leaves it out"
+            )
         check_not_tied(name, module, holders)
         asked, most = config.rank_for(name), min(oriented_weight(module).shape)
         note = f"rank {asked} clipped to {most}" if asked > most else ""
@@ -270,6 +281,19 @@ def attach(
     return model
 
 
+def merge_layers(layers: Mapping[str, OsoraLinear]) -> None:
+    """Merge all of them or, if one cannot be, none."""
+    done: list[OsoraLinear] = []
+    for name, layer in layers.items():
+        try:
+            layer.merge()
+        except ValueError as error:
+            for earlier in done:
+                earlier.unmerge()
+            raise ValueError(f"{name}: {error}") from error
+        done.append(layer)
+
+
 def detach(model: nn.Module, *, merged: bool = False) -> nn.Module:
     """Take the adapter off, in place: the very modules and tensors that were there, trainable or not as they were.
 
@@ -281,12 +305,13 @@ def detach(model: nn.Module, *, merged: bool = False) -> nn.Module:
         ``model`` itself.
     """
     state = state_of(model)
-    for name, layer in adapted_layers(model).items():
-        if merged and not layer.merged:
-            layer.merge()
-        elif layer.merged and not merged:
-            layer.unmerge()
-        log.debug("detach %s", name)
+    layers = adapted_layers(model)
+    if merged:
+        merge_layers({name: layer for name, layer in layers.items() if not layer.merged})
+    else:
+        for layer in layers.values():
+            if layer.merged:
+                layer.unmerge()
     for name, module in list(model.named_modules(remove_duplicate=False)):
         if isinstance(module, OsoraLinear):
             module.base_layer.train(module.training)

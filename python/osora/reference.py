@@ -15,6 +15,8 @@ is, with o = O − 1 and s = S − S0, term for term
 so the base weight W0 is never changed, and o = s = 0 is the base model exactly.
 """
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -76,7 +78,7 @@ def linear(
     Returns:
         y [..., d] and h [n, r], the only tensor the backward needs beside the parameters.
     """
-    rows = x.reshape(-1, x.shape[-1])
+    rows = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
     h = rows @ V
     y = h @ fold(U, S0, s, o).t()
     if bias is not None:
@@ -104,7 +106,7 @@ def linear_backward(
     Returns:
         dx [..., k] in dy's dtype, ds [r], do [d] in float32 (float64 for float64); what is not needed is empty, [0].
     """
-    rows = dy.reshape(-1, U.shape[0])
+    rows = dy.reshape(math.prod(dy.shape[:-1]), U.shape[0])
     dx = dy.new_empty(0)
     if need_x:
         dx = (rows @ fold(U, S0, s, o)) @ V.t()
