@@ -27,7 +27,8 @@ from torch import Tensor, nn
 from osora import OsoraConfig
 from osora.factors import Decomposition
 from osora.layers import OsoraLinear, oriented_weight
-from osora.patch import Target, _batches, decompose_targets, find_targets
+from osora.patch import batches, decompose_targets
+from osora.targets import Target, find_targets
 
 PEERS = ("osora", "pissa", "pissa_niter_16")
 SIGMA_TOLERANCE = 1e-5  # relative, every singular value
@@ -253,8 +254,8 @@ def run_dtype(dtype: str, options: argparse.Namespace) -> dict[str, Any]:
     """One dtype: load, check, time, show."""
     model = models.load(options.model, dtype, options.device, options.layers)
     config = OsoraConfig(r=options.rank, tol=options.tol, seed=options.seed)
-    batches = list(_batches(find_targets(model, config)))
-    count = sum(map(len, batches))
+    parts = list(batches(find_targets(model, config)))
+    count = sum(map(len, parts))
     groups, wrong = [], []
     with console.status("") as status:
         done = 0
@@ -264,7 +265,7 @@ def run_dtype(dtype: str, options: argparse.Namespace) -> dict[str, Any]:
             done += 1
             status.update(f"{dtype}: {done} of {count} layers compared with float64")
 
-        for batch in batches:
+        for batch in parts:
             group, found = check(batch, config, tell)
             groups.append(group)
             wrong += found

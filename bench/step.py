@@ -29,7 +29,8 @@ from torch import Tensor, nn
 
 from osora.config import OsoraConfig
 from osora.layers import oriented_weight
-from osora.patch import adapted_layers, find_targets
+from osora.patch import adapted_layers
+from osora.targets import find_targets
 
 # Largest relative error (norm of all of them together) of the gradients of o and of s; a tenth of it for the loss. A
 # 16-bit model rounds every activation; how far its gradients are off is measured on plain torch too, and osora's may

@@ -18,8 +18,8 @@ LAYERS = [
     {"_load"},
     {"ops"},
     {"factors", "config", "fingerprint"},
-    {"layers", "regularizer", "stream", "schedule"},
-    {"patch", "checkpoint", "merge", "export", "distributed"},
+    {"layers", "targets", "regularizer", "stream", "schedule"},
+    {"patch", "summary", "checkpoint", "merge", "export", "distributed"},
     {"cli", "peft", "trainer"},
 ]
 LEAVES = LAYERS[-1]

@@ -6,7 +6,8 @@ from osora.checkpoint import AdapterError, load_adapter, save_adapter
 from osora.config import OsoraConfig
 from osora.factors import ConvergenceError, TruncatedSVD, truncated_svd
 from osora.merge import merge, unmerge
-from osora.patch import Summary, adapter_parameters, attach, detach, disabled, summary
+from osora.patch import adapter_parameters, attach, detach, disabled
+from osora.summary import Summary, summary
 
 build_info = _C.build_info
 __version__ = build_info()["version"]

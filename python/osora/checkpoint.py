@@ -27,17 +27,8 @@ from osora import fingerprint, ops
 from osora.config import OsoraConfig
 from osora.factors import Decomposition
 from osora.layers import OsoraLinear, oriented_weight
-from osora.patch import (
-    Target,
-    adapted_layers,
-    check_is_linear,
-    check_not_tied,
-    decompose_targets,
-    install,
-    refuse_if_adapted,
-    state_of,
-    weight_holders,
-)
+from osora.patch import adapted_layers, decompose_targets, install, refuse_if_adapted, state_of
+from osora.targets import Target, check_is_linear, check_not_tied, weight_holders
 
 FORMAT_VERSION = 1
 CONFIG_FILE = "adapter_config.json"

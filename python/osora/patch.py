@@ -1,41 +1,24 @@
 # SPDX-License-Identifier: Apache-2.0
-"""An adapter's way into a model and out of it: find the targets, decompose, wrap, freeze; and all of it back."""
+"""An adapter's way into a model and out of it: decompose, wrap, freeze; and all of it back."""
 
 import logging
-import os
-import re
 import time
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from torch import nn
 
-from osora.config import ALL_LINEAR, OsoraConfig
+from osora.config import OsoraConfig
 from osora.factors import Decomposition, Unconverged, check_matrix, decompose
-from osora.layers import OsoraLinear, is_conv1d, oriented_weight
+from osora.layers import OsoraLinear, oriented_weight
+from osora.targets import Target, find_targets
 
 log = logging.getLogger("osora")
 
 _STATE = "_osora"  # attribute of an adapted model
 _BATCH_ENTRIES = 2**24  # weight entries decomposed in one call: bounds the factors held at once
-
-
-@dataclass(frozen=True)
-class Target:
-    """A linear layer to adapt: every name it has in the model (more than one if it is shared), and its rank."""
-
-    names: tuple[str, ...]
-    module: nn.Module
-    rank: int
-    note: str = ""
-
-    @property
-    def name(self) -> str:
-        """The name its adapter goes by."""
-        return self.names[0]
 
 
 @dataclass
@@ -63,120 +46,10 @@ def adapted_layers(model: nn.Module) -> dict[str, OsoraLinear]:
     return {name: module for name, module in model.named_modules() if isinstance(module, OsoraLinear)}
 
 
-# -- which layers ----------------------------------------------------------------------------------------------------
-
-
-def _matches(name: str, wanted: str | Iterable[str]) -> bool:
-    if isinstance(wanted, str):
-        return re.fullmatch(wanted, name) is not None
-    return any(name == end or name.endswith("." + end) for end in wanted)
-
-
-def _layer_index(name: str) -> int | None:
-    return next((int(part) for part in name.split(".") if part.isdecimal()), None)
-
-
-def _is_linear(module: nn.Module) -> bool:
-    return type(module) is nn.Linear or is_conv1d(module)
-
-
-def _output_head(model: nn.Module) -> nn.Module | None:
-    getter = getattr(model, "get_output_embeddings", None)
-    return getter() if callable(getter) else None
-
-
-def check_is_linear(name: str, module: nn.Module) -> None:
-    """Raise for an explicitly named module whose forward is not that of a plain linear layer."""
-    if _is_linear(module):
-        return
-    kind = f"{type(module).__module__}.{type(module).__qualname__}"
-    raise ValueError(
-        f"target {name} is a {kind}; osora adapts torch.nn.Linear and transformers' Conv1D: name other modules in "
-        "target_modules, or leave this one out with exclude_modules"
-    )
-
-
-def _bypassed(model: nn.Module) -> set[int]:
-    """Identities of linear layers whose parent may use their weights without calling them."""
-    parents = [module for module in model.modules() if isinstance(module, nn.TransformerEncoderLayer)]
-    return {id(layer) for parent in parents for layer in (parent.linear1, parent.linear2)}
-
-
-def check_not_tied(name: str, module: nn.Module, holders: dict[int, set[int]]) -> None:
-    """Raise for a weight that another module holds too: merging would make two weights of one."""
-    if len(holders[id(module.weight)]) > 1:
-        raise ValueError(
-            f"the weight of {name} is tied to another module's (an embedding's, most often): merging would silently "
-            f"untie them, so it is refused; exclude_modules=[{name.rsplit('.', 1)[-1]!r}] leaves it out"
-        )
-
-
-def weight_holders(model: nn.Module) -> dict[int, set[int]]:
-    """Parameter identity → identities of the modules that hold it."""
-    holders: dict[int, set[int]] = defaultdict(set)
-    for module in model.modules():
-        for parameter in module._parameters.values():
-            if parameter is not None:
-                holders[id(parameter)].add(id(module))
-    return holders
-
-
-def find_targets(model: nn.Module, config: OsoraConfig) -> list[Target]:
-    """The layers ``config`` names, in the model's order.
-
-    Raises:
-        ValueError: nothing matches; a match is no plain linear layer; its weight is tied to another module; a
-            ``rank_pattern`` matches nothing.
-    """
-    names_of: dict[int, list[str]] = defaultdict(list)
-    modules: dict[int, nn.Module] = {}
-    for name, module in model.named_modules(remove_duplicate=False):
-        names_of[id(module)].append(name)
-        modules[id(module)] = module
-    head, holders, bypassed = _output_head(model), weight_holders(model), _bypassed(model)
-    everything = config.target_modules == ALL_LINEAR
-    layers = config.layers_to_transform
-    assert layers is None or isinstance(layers, tuple)  # OsoraConfig has brought it to this form
-    targets = []
-    for key, names in names_of.items():
-        module, name = modules[key], names[0]
-        if everything:
-            wanted = _is_linear(module) and module is not head and key not in bypassed
-        else:
-            wanted = any(_matches(n, config.target_modules) for n in names)
-        if not wanted or not name:
-            continue
-        if config.exclude_modules is not None and any(_matches(n, config.exclude_modules) for n in names):
-            continue
-        if layers is not None and _layer_index(name) not in layers:
-            continue
-        check_is_linear(name, module)
-        if key in bypassed:
-            raise ValueError(
-                f"target {name} belongs to a torch.nn.TransformerEncoderLayer, which reads its weight in eval mode "
-                "without calling it: an adapter would be ignored; exclude_modules leaves it out"
-            )
-        check_not_tied(name, module, holders)
-        asked, most = config.rank_for(name), min(oriented_weight(module).shape)
-        note = f"rank {asked} clipped to {most}" if asked > most else ""
-        targets.append(Target(tuple(names), module, min(asked, most), note))
-    if not targets:
-        linear = sorted({n.rsplit(".", 1)[-1] for n, m in model.named_modules() if n and _is_linear(m)})
-        raise ValueError(
-            f"no module matches target_modules={config.target_modules!r} with exclude_modules="
-            f"{config.exclude_modules!r} and layers_to_transform={config.layers_to_transform!r}; the model's linear "
-            f"layers end in: {', '.join(linear) or 'none at all'}"
-        )
-    for pattern in config.rank_pattern:
-        if not any(re.fullmatch(rf"(.*\.)?(?:{pattern})", target.name) for target in targets):
-            raise ValueError(f"rank_pattern {pattern!r} matches no target, the first of which is {targets[0].name}")
-    return targets
-
-
 # -- decompose -------------------------------------------------------------------------------------------------------
 
 
-def _batches(targets: list[Target]) -> Iterator[list[Target]]:
+def batches(targets: list[Target]) -> Iterator[list[Target]]:
     """Targets of one shape, rank, dtype and device together, in batches of bounded size."""
     groups: dict[tuple, list[Target]] = defaultdict(list)
     for target in targets:
@@ -192,6 +65,8 @@ def decompose_targets(
     targets: list[Target], config: OsoraConfig, *, unconverged: Unconverged, progress: bool | None
 ) -> Iterator[tuple[Target, Decomposition]]:
     """Each target with its factors, as they come; a bar on a terminal unless ``progress`` says otherwise."""
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn  # slow to import
+
     for target in targets:  # all of them before any work
         check_matrix(oriented_weight(target.module), f"{target.name}.weight")
     columns = (TextColumn("[bold]{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
@@ -199,7 +74,7 @@ def decompose_targets(
         if progress is None and not bar.console.is_terminal:
             bar.disable = True
         task = bar.add_task("decomposing", total=len(targets))
-        for batch in _batches(targets):
+        for batch in batches(targets):
             found = decompose(
                 [oriented_weight(target.module) for target in batch],
                 batch[0].rank,
@@ -343,90 +218,3 @@ def adapter_parameters(model: nn.Module) -> list[nn.Parameter]:
     """The trained parameters, o and s of every adapted layer, for an optimiser."""
     state_of(model)
     return [parameter for layer in adapted_layers(model).values() for parameter in (layer.o, layer.s)]
-
-
-# -- what there is ---------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class ModuleSummary:
-    """One adapted layer: its weight's shape [out_features, in_features], rank, and the proof of its factors."""
-
-    name: str
-    shape: tuple[int, int]
-    rank: int
-    trainable: int
-    max_residual: float
-    passes: int
-    converged: bool
-    method: str
-    note: str = ""
-
-
-@dataclass(frozen=True)
-class Summary:
-    """The numbers of an adapted model; ``print`` it for a table."""
-
-    modules: tuple[ModuleSummary, ...]
-    trainable: int
-    total: int
-    seconds: float
-
-    @property
-    def share(self) -> float:
-        """Trainable numbers over the base model's."""
-        return self.trainable / max(1, self.total)
-
-    @property
-    def max_residual(self) -> float:
-        """The largest certified residual of any singular triplet."""
-        return max(module.max_residual for module in self.modules)
-
-    @property
-    def converged(self) -> bool:
-        """Whether every decomposition reached its tolerance."""
-        return all(module.converged for module in self.modules)
-
-    def __str__(self) -> str:
-        """Shapes with their counts, and the totals."""
-        groups: dict[tuple, list[ModuleSummary]] = defaultdict(list)
-        for module in self.modules:
-            groups[(*module.shape, module.rank, module.method)].append(module)
-        lines = [f"{'layers':>6}  {'weight':>14}  {'rank':>5}  {'trainable':>10}  {'method':>8}  {'max residual':>12}"]
-        for (d, k, rank, method), group in groups.items():
-            trainable, residual = sum(m.trainable for m in group), max(m.max_residual for m in group)
-            lines.append(
-                f"{len(group):>6}  {f'{d} x {k}':>14}  {rank:>5}  {trainable:>10,}  {method:>8}  {residual:>12.1e}"
-            )
-        lines.append(
-            f"trainable {self.trainable:,} of {self.total:,} ({self.share:.3%}); decomposed in {self.seconds:.1f} s, "
-            f"largest residual {self.max_residual:.1e}" + ("" if self.converged else ", NOT ALL CONVERGED")
-        )
-        lines += [f"{module.name}: {module.note}" for module in self.modules if module.note]
-        return os.linesep.join(lines)
-
-
-def _base_numbers(model: nn.Module) -> int:
-    own = {id(t) for layer in adapted_layers(model).values() for t in (layer.o, layer.s)}
-    return sum(p.numel() for p in model.parameters() if id(p) not in own)
-
-
-def summary(model: nn.Module) -> Summary:
-    """How many numbers are trained, of how many, and how well each weight was decomposed."""
-    state = state_of(model)
-    modules = tuple(
-        ModuleSummary(
-            name,
-            (layer.out_features, layer.in_features),
-            layer.rank,
-            layer.o.numel() + layer.s.numel(),
-            layer.max_residual,
-            layer.passes,
-            layer.converged,
-            layer.method,
-            state.notes.get(name, ""),
-        )
-        for name, layer in adapted_layers(model).items()
-    )
-    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    return Summary(modules, trainable, _base_numbers(model), state.seconds)

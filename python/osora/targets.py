@@ -1,0 +1,134 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which layers of a model an adapter is for."""
+
+import re
+from collections import defaultdict
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from torch import nn
+
+from osora.config import ALL_LINEAR, OsoraConfig
+from osora.layers import is_conv1d, oriented_weight
+
+
+@dataclass(frozen=True)
+class Target:
+    """A linear layer to adapt: every name it has in the model (more than one if it is shared), and its rank."""
+
+    names: tuple[str, ...]
+    module: nn.Module
+    rank: int
+    note: str = ""
+
+    @property
+    def name(self) -> str:
+        """The name its adapter goes by."""
+        return self.names[0]
+
+
+def _matches(name: str, wanted: str | Iterable[str]) -> bool:
+    if isinstance(wanted, str):
+        return re.fullmatch(wanted, name) is not None
+    return any(name == end or name.endswith("." + end) for end in wanted)
+
+
+def _layer_index(name: str) -> int | None:
+    return next((int(part) for part in name.split(".") if part.isdecimal()), None)
+
+
+def _is_linear(module: nn.Module) -> bool:
+    return type(module) is nn.Linear or is_conv1d(module)
+
+
+def _output_head(model: nn.Module) -> nn.Module | None:
+    getter = getattr(model, "get_output_embeddings", None)
+    return getter() if callable(getter) else None
+
+
+def check_is_linear(name: str, module: nn.Module) -> None:
+    """Raise for an explicitly named module whose forward is not that of a plain linear layer."""
+    if _is_linear(module):
+        return
+    kind = f"{type(module).__module__}.{type(module).__qualname__}"
+    raise ValueError(
+        f"target {name} is a {kind}; osora adapts torch.nn.Linear and transformers' Conv1D: name other modules in "
+        "target_modules, or leave this one out with exclude_modules"
+    )
+
+
+def _bypassed(model: nn.Module) -> set[int]:
+    """Identities of linear layers whose parent may use their weights without calling them."""
+    parents = [module for module in model.modules() if isinstance(module, nn.TransformerEncoderLayer)]
+    return {id(layer) for parent in parents for layer in (parent.linear1, parent.linear2)}
+
+
+def check_not_tied(name: str, module: nn.Module, holders: dict[int, set[int]]) -> None:
+    """Raise for a weight that another module holds too: merging would make two weights of one."""
+    if len(holders[id(module.weight)]) > 1:
+        raise ValueError(
+            f"the weight of {name} is tied to another module's (an embedding's, most often): merging would silently "
+            f"untie them, so it is refused; exclude_modules=[{name.rsplit('.', 1)[-1]!r}] leaves it out"
+        )
+
+
+def weight_holders(model: nn.Module) -> dict[int, set[int]]:
+    """Parameter identity → identities of the modules that hold it."""
+    holders: dict[int, set[int]] = defaultdict(set)
+    for module in model.modules():
+        for parameter in module._parameters.values():
+            if parameter is not None:
+                holders[id(parameter)].add(id(module))
+    return holders
+
+
+def find_targets(model: nn.Module, config: OsoraConfig) -> list[Target]:
+    """The layers ``config`` names, in the model's order.
+
+    Raises:
+        ValueError: nothing matches; a match is no plain linear layer; its weight is tied to another module; a
+            ``rank_pattern`` matches nothing.
+    """
+    names_of: dict[int, list[str]] = defaultdict(list)
+    modules: dict[int, nn.Module] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        names_of[id(module)].append(name)
+        modules[id(module)] = module
+    head, holders, bypassed = _output_head(model), weight_holders(model), _bypassed(model)
+    everything = config.target_modules == ALL_LINEAR
+    layers = config.layers_to_transform
+    assert layers is None or isinstance(layers, tuple)  # OsoraConfig has brought it to this form
+    targets = []
+    for key, names in names_of.items():
+        module, name = modules[key], names[0]
+        if everything:
+            wanted = _is_linear(module) and module is not head and key not in bypassed
+        else:
+            wanted = any(_matches(n, config.target_modules) for n in names)
+        if not wanted or not name:
+            continue
+        if config.exclude_modules is not None and any(_matches(n, config.exclude_modules) for n in names):
+            continue
+        if layers is not None and _layer_index(name) not in layers:
+            continue
+        check_is_linear(name, module)
+        if key in bypassed:
+            raise ValueError(
+                f"target {name} belongs to a torch.nn.TransformerEncoderLayer, which reads its weight in eval mode "
+                "without calling it: an adapter would be ignored; exclude_modules leaves it out"
+            )
+        check_not_tied(name, module, holders)
+        asked, most = config.rank_for(name), min(oriented_weight(module).shape)
+        note = f"rank {asked} clipped to {most}" if asked > most else ""
+        targets.append(Target(tuple(names), module, min(asked, most), note))
+    if not targets:
+        linear = sorted({n.rsplit(".", 1)[-1] for n, m in model.named_modules() if n and _is_linear(m)})
+        raise ValueError(
+            f"no module matches target_modules={config.target_modules!r} with exclude_modules="
+            f"{config.exclude_modules!r} and layers_to_transform={config.layers_to_transform!r}; the model's linear "
+            f"layers end in: {', '.join(linear) or 'none at all'}"
+        )
+    for pattern in config.rank_pattern:
+        if not any(re.fullmatch(rf"(.*\.)?(?:{pattern})", target.name) for target in targets):
+            raise ValueError(f"rank_pattern {pattern!r} matches no target, the first of which is {targets[0].name}")
+    return targets
