@@ -69,8 +69,8 @@ std::vector<Found<typename Dense::Array>> block_lanczos(Dense dense, const SvdPl
       append(Z);
     }
 
-    // Rayleigh-Ritz on all columns; `tail` is the share of the newest block in each Ritz vector, to which the residual
-    // is proportional in exact arithmetic.
+    // Rayleigh-Ritz on all columns; the tail is the share of the newest block in each Ritz vector, to which the
+    // residual is proportional in exact arithmetic.
     auto [lambda, Q] = dense.gram_eigen(dense.columns(Y, 0, width));
     const auto worst = dense.largest_tails(Q, plan.block, plan.rank);  // [B, block] column numbers
     dense.rotate(V, Q, width, plan.keep);

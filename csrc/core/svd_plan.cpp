@@ -69,16 +69,4 @@ SvdPlan plan_svd(int64_t d, int64_t k, int64_t rank, int64_t itemsize, const std
   return plan;
 }
 
-const char* method_name(SvdMethod method) {
-  switch (method) {
-    case SvdMethod::kLanczos:
-      return "lanczos";
-    case SvdMethod::kGram:
-      return "gram";
-    case SvdMethod::kFull:
-      return "full";
-  }
-  return "unknown";
-}
-
 }  // namespace osora::core

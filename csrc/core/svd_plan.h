@@ -22,6 +22,4 @@ struct SvdPlan {
 // Throws std::invalid_argument for anything else, or where the wished method cannot run.
 SvdPlan plan_svd(int64_t d, int64_t k, int64_t rank, int64_t itemsize, const std::string& method);
 
-const char* method_name(SvdMethod method);
-
 }  // namespace osora::core

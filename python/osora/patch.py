@@ -189,7 +189,6 @@ def detach(model: nn.Module, *, merged: bool = False) -> nn.Module:
                 layer.unmerge()
     for name, module in list(model.named_modules(remove_duplicate=False)):
         if isinstance(module, OsoraLinear):
-            module.base_layer.train(module.training)
             _replace(model, [name], module.base_layer)
     delattr(model, _STATE)
     for name, parameter in model.named_parameters():
