@@ -3,16 +3,17 @@
 
 #include <algorithm>
 #include <stdexcept>
+#include <utility>
 
 namespace osora::core {
 namespace {
 
-// Block, kept and largest width of the basis (docs/svd.md, "Widths"): a quarter of the rank at a time, kept 1.25 r, and
-// at least three new blocks before a restart, since fewer waste what a Krylov space gains.
+// Block, kept and largest width of the basis (docs/svd.md, "Widths"): a quarter of the rank at a time, kept 1.5 r, and
+// three new blocks before a restart, since fewer waste what a Krylov space gains.
 void set_widths(SvdPlan& plan) {
   const int64_t r = plan.rank;
   plan.block = std::clamp<int64_t>(r / 32 * 8, 16, 128);
-  plan.keep = r + std::max(plan.block, r / 4);
+  plan.keep = r + std::max(plan.block, r / 2);
   plan.basis = std::max(plan.keep + 3 * plan.block, 2 * r + plan.block);
 }
 
@@ -23,49 +24,87 @@ double lanczos_cost(const SvdPlan& plan) {
   return 24.0 * double(plan.rank) * double(plan.rows) * double(plan.cols) + 3.5e8;
 }
 double gram_cost(const SvdPlan& plan) {
-  const double n = double(plan.cols);
-  return (0.75 * double(plan.rows) + 4.0 * n) * n * n;
+  const double n = double(std::min(plan.rows, plan.cols)), m = double(std::max(plan.rows, plan.cols));
+  return (0.75 * m + 4.0 * n) * n * n;
+}
+
+SvdMethod choose(const SvdPlan& plan, const std::string& method) {
+  if (method == "auto") {
+    const bool room = plan.basis * 2 <= std::min(plan.rows, plan.cols);
+    return room && lanczos_cost(plan) < gram_cost(plan) ? SvdMethod::kLanczos : SvdMethod::kGram;
+  }
+  const auto& names = svd_method_names();
+  const auto found = std::find(names.begin(), names.end(), method);
+  if (found == names.end()) {
+    std::string allowed;
+    for (const auto& name : names) allowed += ", \"" + name + "\"";
+    throw std::invalid_argument("method must be \"auto\"" + allowed + ", got \"" + method + "\"");
+  }
+  return static_cast<SvdMethod>(found - names.begin());
+}
+
+void check_method(const SvdPlan& plan, const SvdMachine& machine) {
+  if (plan.method == SvdMethod::kLanczos && plan.basis > std::min(plan.rows, plan.cols)) {
+    throw std::invalid_argument("method \"lanczos\" needs min(out_features, in_features) >= " +
+                                std::to_string(plan.basis) + " at rank " + std::to_string(plan.rank) + ", got " +
+                                std::to_string(std::min(plan.rows, plan.cols)) + "; use method=\"auto\"");
+  }
+  if (plan.method >= SvdMethod::kGesvd && !machine.cuda) {
+    throw std::invalid_argument("method \"" + svd_method_names()[size_t(plan.method)] +
+                                "\" is a driver of cuSOLVER and needs a CUDA tensor and a build with CUDA; on the CPU, "
+                                "\"full\" is LAPACK's gesdd");
+  }
+}
+
+// The arrays of the first attempt that live at the same time, docs/svd.md, "Memory".
+int64_t bytes_of(const SvdPlan& plan, int64_t itemsize, int64_t weight_itemsize, const SvdMachine& machine) {
+  const int64_t rows = plan.rows, cols = plan.cols, weight = rows * cols, both = rows + cols;
+  const int64_t copy = machine.cuda ? weight * (itemsize == 8 ? 8 : weight_itemsize) : 0;
+  switch (plan.method) {
+    case SvdMethod::kLanczos: {
+      // V and Y, the rotated half of one, and a few blocks; the CPU's products have sums per group of panels besides.
+      const int64_t width = std::max(plan.block, plan.rank);
+      const int64_t groups = machine.threads == 1 ? 1 : 4 * machine.threads;
+      const int64_t panels = machine.cuda ? 3 * rows * plan.block : groups * cols * width + machine.threads * (1 << 19);
+      const int64_t exact = 8 * (machine.cuda ? rows : std::min<int64_t>(rows, 2048)) * plan.basis;
+      return copy + exact + 8 * 3 * plan.basis * plan.basis +
+             itemsize * (both * plan.basis + std::max(rows, cols) * plan.keep + 6 * both * width + panels);
+    }
+    case SvdMethod::kGram: {  // G, its eigenvectors and LAPACK's workspace; the triplets of the last step
+      const int64_t size = machine.cuda || gram_in_float64(plan) ? 8 : itemsize;
+      return copy + size * (5 * cols * cols + 6 * both * plan.rank);
+    }
+    case SvdMethod::kLowrank:
+      return copy + itemsize * 8 * both * plan.rank;
+    default:  // a copy that the decomposition destroys, full factors and workspace of as much again
+      return copy + itemsize * (4 * weight + 6 * cols * cols);
+  }
 }
 
 }  // namespace
 
-SvdPlan plan_svd(int64_t d, int64_t k, int64_t rank, int64_t itemsize, const std::string& method) {
+bool gram_in_float64(const SvdPlan& plan) { return 2 * plan.rank > std::min(plan.rows, plan.cols); }
+
+const std::vector<std::string>& svd_method_names() {
+  static const std::vector<std::string> names{"lanczos", "gram",   "full",   "lowrank", "gesvd",
+                                              "gesvdj",  "gesvdp", "gesvda", "gesvdr"};
+  return names;
+}
+
+SvdPlan plan_svd(int64_t d, int64_t k, int64_t rank, int64_t itemsize, int64_t weight_itemsize,
+                 const std::string& method, const SvdMachine& machine) {
   SvdPlan plan{};
-  plan.transposed = d < k;
-  plan.rows = std::max(d, k);
-  plan.cols = std::min(d, k);
+  plan.rows = d;
+  plan.cols = k;
   plan.rank = rank;
   set_widths(plan);
-  if (method == "auto") {
-    const bool room = plan.basis * 2 <= plan.cols;
-    plan.method = room && lanczos_cost(plan) < gram_cost(plan) ? SvdMethod::kLanczos : SvdMethod::kGram;
-  } else if (method == "lanczos") {
-    if (plan.basis > plan.cols) {
-      throw std::invalid_argument(
-          "method \"lanczos\" needs min(out_features, in_features) >= " + std::to_string(plan.basis) + " at rank " +
-          std::to_string(rank) + ", got " + std::to_string(plan.cols) + "; use method=\"auto\"");
-    }
-    plan.method = SvdMethod::kLanczos;
-  } else if (method == "gram") {
-    plan.method = SvdMethod::kGram;
-  } else if (method == "full") {
-    plan.method = SvdMethod::kFull;
-  } else {
-    throw std::invalid_argument("method must be \"auto\", \"lanczos\", \"gram\" or \"full\", got \"" + method + "\"");
-  }
-  const int64_t weight = plan.rows * plan.cols;
-  switch (plan.method) {
-    case SvdMethod::kLanczos:  // the scaled copy, V and Y, their rotated successors, and the float64 Y of one Gram
-      plan.bytes =
-          itemsize * (weight + (plan.rows + plan.cols) * (plan.basis + plan.keep)) + 8 * plan.rows * plan.basis;
-      break;
-    case SvdMethod::kGram:  // the scaled copy, G, its eigenvectors and LAPACK's workspace, and the triplets
-      plan.bytes = itemsize * (weight + 4 * plan.cols * plan.cols + 3 * (plan.rows + plan.cols) * rank);
-      break;
-    case SvdMethod::kFull:  // the scaled copy and LAPACK's, full factors, and its workspace
-      plan.bytes = itemsize * (3 * weight + 5 * plan.cols * plan.cols);
-      break;
-  }
+  plan.method = choose(plan, method);
+  check_method(plan, machine);
+  // The CPU's Lanczos reads W by rows, whichever side is longer: one pass serves A x and A^T A x. Everything else works
+  // on the shorter side.
+  plan.transposed = d < k && (machine.cuda || plan.method != SvdMethod::kLanczos);
+  if (plan.transposed) std::swap(plan.rows, plan.cols);
+  plan.bytes = bytes_of(plan, itemsize, weight_itemsize, machine);
   return plan;
 }
 

@@ -10,8 +10,9 @@
 
 namespace osora::cuda {
 
-inline void check(cudaError_t status, const char* what) {
-  if (status != cudaSuccess) throw std::runtime_error(std::string(what) + ": " + cudaGetErrorString(status));
+inline void check_launch(cudaError_t status) {
+  if (status != cudaSuccess)
+    throw std::runtime_error(std::string("osora: kernel launch: ") + cudaGetErrorString(status));
 }
 
 // Queues kernel(args...) on `stream`. A kernel that calls dynamic_shared() needs its size here, in bytes.
@@ -19,7 +20,7 @@ template <class... Parameters, class... Arguments>
 void launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_bytes, cudaStream_t stream,
             Arguments... arguments) {
   kernel<<<grid, block, shared_bytes, stream>>>(static_cast<Parameters>(arguments)...);
-  check(cudaGetLastError(), "osora: kernel launch");
+  check_launch(cudaGetLastError());
 }
 
 // The block's dynamic shared memory, 16-byte aligned; uninitialised.

@@ -3,6 +3,7 @@
 
 #include <ATen/ATen.h>  // it uses some forty operators
 
+#include <algorithm>
 #include <cmath>
 #include <limits>
 
@@ -10,9 +11,6 @@
 
 namespace osora {
 namespace {
-
-constexpr int64_t kProbes = 8;           // Gaussian vectors that look for a missed triplet
-constexpr int64_t kProbeIterations = 4;  // power iterations they get
 
 double epsilon(at::ScalarType type) { return type == at::kDouble ? 0x1p-52 : 0x1p-23; }
 
@@ -23,72 +21,105 @@ at::Tensor product(const at::Tensor& a, const at::Tensor& b) {
 
 // y^T y, summed in float64 whatever y is: [B, c, c].
 at::Tensor gram_matrix(const at::Tensor& y) {
-  const auto exact = y.to(at::kDouble);
-  return product(exact.mT(), exact);
+  constexpr int64_t kRows = 1024;
+  if (y.size(0) > 1 || y.size(1) * y.size(2) <= (1 << 17)) {
+    const auto exact = y.to(at::kDouble);
+    return product(exact.mT(), exact);
+  }
+  auto g = at::empty({y.size(2), y.size(2)}, y.options().dtype(at::kDouble));
+  for (int64_t begin = 0; begin < y.size(1); begin += kRows) {  // in the cache, and without a wide copy of y
+    const auto exact = y[0].narrow(0, begin, std::min(kRows, y.size(1) - begin)).to(at::kDouble);
+    at::addmm_out(g, g, exact.t(), exact, begin > 0 ? 1 : 0);
+  }
+  return g.unsqueeze(0);
+}
+
+constexpr int64_t kNarrow = 128;
+
+// Lengths of the columns of a row-major block: a row at a time, which a general reduction over rows is slow at.
+template <class T>
+void narrow_norms(const T* a, int64_t rows, int64_t cols, int64_t stride, T* norms) {
+  double sums[kNarrow] = {};
+  for (int64_t i = 0; i < rows; ++i, a += stride) {
+    for (int64_t j = 0; j < cols; ++j) sums[j] += double(a[j]) * double(a[j]);
+  }
+  for (int64_t j = 0; j < cols; ++j) norms[j] = T(std::sqrt(sums[j]));
 }
 
 }  // namespace
 
-DenseAten::DenseAten(const std::vector<at::Tensor>& weights, const core::SvdPlan& plan, at::ScalarType work,
+DenseAten::DenseAten(const std::vector<Panels>& weights, const core::SvdPlan& plan, const at::TensorOptions& work,
                      at::ScalarType out, uint64_t seed, const std::vector<uint64_t>& keys)
-    : plan_(plan), work_(work), out_(out), seed_(seed), keys_(keys) {
-  const auto options = weights.front().options().dtype(work);
-  auto stacked = at::empty({int64_t(weights.size()), weights.front().size(0), weights.front().size(1)}, options);
-  for (size_t b = 0; b < weights.size(); ++b) {
-    // A power of two changes no digit: 1e-30 and 1e+30 weights are decomposed like their scaled twins. Two factors,
-    // since 2^-exponent itself may not fit the dtype.
-    const auto [low, high] = at::aminmax(weights[b]);  // both are NaN if any entry is
-    const double largest = std::max(-low.to(at::kDouble).item<double>(), high.to(at::kDouble).item<double>());
-    TORCH_CHECK_VALUE(std::isfinite(largest), "osora::truncated_svd: a weight has NaN or infinite entries");
-    int exponent = 0;
-    if (largest > 0) std::frexp(largest, &exponent);
-    exponents_.push_back(exponent);
-    const int half = exponent / 2;
-    auto target = stacked[int64_t(b)];
-    target.copy_(weights[b]);
-    target.mul_(std::ldexp(1.0, -half)).mul_(std::ldexp(1.0, -(exponent - half)));
+    : plan_(plan),
+      options_(work),
+      work_(work.dtype().toScalarType()),
+      out_(out),
+      seed_(seed),
+      keys_(keys),
+      frobenius_(at::empty({int64_t(weights.size()), 1, 1}, at::TensorOptions().dtype(at::kDouble))) {
+  for (const auto& weight : weights) {
+    frobenius_[int64_t(weights_.size())].fill_(weight.frobenius());
+    weights_.push_back(std::make_shared<const Panels>(weight.in(work_)));
   }
-  a_ = plan.transposed ? stacked.mT() : stacked;
-  frobenius_ = at::linalg_vector_norm(stacked, 2, at::IntArrayRef{1, 2}, true, at::kDouble);
-  sigma_ = at::zeros({batch(), 1, 1}, options);
+  frobenius_ = frobenius_.to(options_.device());
+  sigma_ = at::zeros({batch(), 1, 1}, options_);
 }
 
 DenseAten::Array DenseAten::empty(int64_t rows, int64_t cols) const {
-  return at::empty({batch(), rows, cols}, a_.options());
+  return at::empty({batch(), rows, cols}, options_);
 }
 
-DenseAten::Array DenseAten::select(const Array& a, const std::vector<int64_t>& positions) const {
+DenseAten::Array DenseAten::select(const Array& a, const std::vector<int64_t>& positions) {
   return a.index_select(0, at::tensor(positions, at::kLong).to(a.device()));
 }
 
-void DenseAten::retain(const std::vector<int64_t>& positions) {
-  std::vector<uint64_t> keys;
-  std::vector<int> exponents;
+DenseAten DenseAten::only(const std::vector<int64_t>& positions) const {
+  DenseAten some = *this;
+  some.keys_.clear();
+  some.weights_.clear();
   for (const int64_t b : positions) {
-    keys.push_back(keys_[b]);
-    exponents.push_back(exponents_[b]);
+    some.keys_.push_back(keys_[b]);
+    some.weights_.push_back(weights_[b]);
   }
-  keys_ = std::move(keys);
-  exponents_ = std::move(exponents);
-  a_ = select(a_, positions);
-  frobenius_ = select(frobenius_, positions);
-  sigma_ = select(sigma_, positions);
+  some.frobenius_ = select(frobenius_, positions);
+  some.sigma_ = select(sigma_, positions);
+  return some;
 }
 
 void DenseAten::times(const Array& x, Array y) const {
-  if (batch() == 1) {
-    auto out = y[0];
-    at::mm_out(out, a_[0], x[0]);
-  } else {
-    y.copy_(at::bmm(a_, x));
+  for (int64_t b = 0; b < batch(); ++b) {
+    if (plan_.transposed) {
+      y[b].copy_(weights_[b]->transposed_times(x[b]));
+    } else {
+      weights_[b]->times(x[b], y[b]);
+    }
   }
 }
 
-DenseAten::Array DenseAten::transposed_times(const Array& y) const { return product(a_.mT(), y); }
+DenseAten::Array DenseAten::transposed_times(const Array& y) const {
+  if (!plan_.transposed && batch() == 1) return weights_[0]->transposed_times(y[0]).unsqueeze(0);
+  Array z = empty(plan_.cols, y.size(2));
+  for (int64_t b = 0; b < batch(); ++b) {
+    if (plan_.transposed) {
+      weights_[b]->times(y[b], z[b]);
+    } else {
+      z[b].copy_(weights_[b]->transposed_times(y[b]));
+    }
+  }
+  return z;
+}
+
+DenseAten::Array DenseAten::times_and_back(const Array& x, Array y) const {
+  if (!plan_.transposed && batch() == 1) return weights_[0]->times_and_back(x[0], y[0]).unsqueeze(0);
+  times(x, y);
+  return transposed_times(y);
+}
+
+DenseAten::Array DenseAten::product(const Array& a, const Array& q) const { return osora::product(a, q.to(work_)); }
 
 void DenseAten::project_out(Array& z, const Array& v) const {
   if (v.size(2) == 0) return;
-  const auto inside = product(v.mT(), z);
+  const auto inside = osora::product(v.mT(), z);
   if (z.size(0) == 1) {
     auto out = z[0];
     out.addmm_(v[0], inside[0], 1, -1);
@@ -98,7 +129,7 @@ void DenseAten::project_out(Array& z, const Array& v) const {
 }
 
 void DenseAten::rotate(Array& v, const Array& q, int64_t width, int64_t keep) {
-  const auto rotated = product(v.narrow(2, 0, width), q.narrow(2, 0, keep).to(v.scalar_type()));
+  const auto rotated = osora::product(v.narrow(2, 0, width), q.narrow(2, 0, keep).to(v.scalar_type()));
   v.narrow(2, 0, keep).copy_(rotated);
 }
 
@@ -112,17 +143,27 @@ DenseAten::Array DenseAten::gaussian(int64_t rows, int64_t cols) {
     }
   }
   ++draws_;
-  return host.to(a_.device());
+  return host.to(options_.device());
 }
 
 DenseAten::Array DenseAten::column_norms(const Array& a) {
-  return at::linalg_vector_norm(a, 2, at::IntArrayRef{1}, true);
+  if (!a.is_cpu() || a.stride(2) != 1 || a.size(2) > kNarrow) {
+    return at::linalg_vector_norm(a, 2, at::IntArrayRef{1}, true);
+  }
+  auto norms = at::empty({a.size(0), 1, a.size(2)}, a.options());
+  AT_DISPATCH_FLOATING_TYPES(a.scalar_type(), "osora::column_norms", [&] {
+    for (int64_t b = 0; b < a.size(0); ++b) {
+      narrow_norms(a.const_data_ptr<scalar_t>() + b * a.stride(0), a.size(1), a.size(2), a.stride(1),
+                   norms[b].mutable_data_ptr<scalar_t>());
+    }
+  });
+  return norms;
 }
 
 // One round of Cholesky QR with the Gram matrix in float64, on columns scaled to length one. Returns the smallest
 // diagonal entry of the factor, 1 for orthonormal columns: how well conditioned z was. Falls back to Householder QR
 // where the columns are dependent to working precision.
-double DenseAten::cholesky_round(Array& z) const {
+double DenseAten::cholesky_qr(Array& z) const {
   auto scaled = z / column_norms(z).clamp_min(std::numeric_limits<float>::min());
   auto [L, info] = at::linalg_cholesky_ex(gram_matrix(scaled));
   const double smallest = L.diagonal(0, 1, 2).min().item<double>();
@@ -132,7 +173,7 @@ double DenseAten::cholesky_round(Array& z) const {
   }
   const auto identity = at::eye(z.size(2), L.options()).expand_as(L);
   const auto inverse = at::linalg_solve_triangular(L, identity, /*upper=*/false);
-  z = product(scaled, inverse.mT().to(work_));
+  z = osora::product(scaled, inverse.mT().to(work_));
   return smallest;
 }
 
@@ -141,15 +182,21 @@ void DenseAten::refill(Array& z, const Array& bad) {
   if (bad.any().item<bool>()) z = at::where(bad, gaussian(z.size(1), z.size(2)), z);
 }
 
-DenseAten::Array DenseAten::orthonormal_gaussian(int64_t rows, int64_t cols) {
-  Array z = gaussian(rows, cols);
-  cholesky_round(z);
-  cholesky_round(z);
+DenseAten::Array DenseAten::orthonormal_gaussian() {
+  Array z = gaussian(plan_.cols, plan_.block);
+  cholesky_qr(z);
+  cholesky_qr(z);
   return z;
 }
 
-void DenseAten::orthonormalise(Array& z, const Array& v, const Array& norms) {
-  project_out(z, v);
+DenseAten::Array DenseAten::probe_gaussian(int64_t count) {
+  draws_ = 1u << 31;  // streams of its own
+  return gaussian(plan_.cols, count);
+}
+
+DenseAten::Array DenseAten::zero_norms(int64_t count) const { return at::zeros({batch(), 1, count}, options_); }
+
+void DenseAten::drop_noise(Array& z, const Array& norms) {
   // 16 epsilon: a column at that level is rounding; ten times more stalls convergence, none at all keeps noise.
   const double level = 16 * epsilon(work_);
   const auto seen = at::maximum(sigma_, norms.amax(2, true).to(work_));
@@ -158,10 +205,13 @@ void DenseAten::orthonormalise(Array& z, const Array& v, const Array& norms) {
   const auto bad = length.le(limit);
   z = z / length.clamp_min(std::numeric_limits<float>::min());
   refill(z, bad);
-  for (int round = 0; round < 5; ++round) {
-    project_out(z, v);
-    if (cholesky_round(z) > 0.7 && round > 0) return;  // it met orthonormal columns: nothing left to mend
-  }
+}
+
+DenseAten::Array DenseAten::take_lengths(Array& left) {
+  const auto s = at::linalg_vector_norm(left, 2, at::IntArrayRef{1}, true, at::kDouble);
+  left = left / s.clamp_min(1e-300).to(work_).clamp_min(std::numeric_limits<float>::min());
+  refill(left, s.le(8 * epsilon(work_) * frobenius_));
+  return s;
 }
 
 std::pair<DenseAten::Array, DenseAten::Array> DenseAten::gram_eigen(const Array& y) {
@@ -190,165 +240,122 @@ DenseAten::Array DenseAten::ritz_values(const Array& lambda, const Array& which)
   return lambda.gather(1, which).sqrt().unsqueeze(1);
 }
 
-std::vector<double> DenseAten::relative_size(const Array& r, const Array& lambda, const Array& which,
-                                             int64_t rank) const {
+std::vector<double> DenseAten::relative_size(const Array& r, const Array& lambda, const Array& which) const {
   const auto size = column_norms(r).squeeze(1).to(at::kDouble);
   const auto floor = (4 * epsilon(work_)) * frobenius_.squeeze(1);
   const auto noise = floor * at::maximum(lambda.gather(1, which).sqrt(), floor);
-  const auto ignore = at::logical_or(size.le(noise), which.ge(rank));
+  const auto ignore = at::logical_or(size.le(noise), which.ge(plan_.rank));
   const auto relative = (size / lambda.gather(1, which).clamp_min(1e-300)).masked_fill(ignore, 0.0);
   const auto host = std::get<0>(relative.max(1)).to(at::kCPU).contiguous();
   return {host.const_data_ptr<double>(), host.const_data_ptr<double>() + host.numel()};
 }
 
-DenseAten DenseAten::one(int64_t b) const {
-  DenseAten single = *this;
-  if (batch() > 1) single.retain({b});
-  return single;
-}
-
-DenseAten::Candidate DenseAten::triplets(int64_t b, const Array& v, double tol, bool with_probe) {
-  DenseAten self = one(b);
-  Array right = v.narrow(0, b, 1).clone(), left, s;
-  int64_t passes = 0;
-  // Rayleigh-Ritz on x with y = M x: rotates x to right vectors, gives the left ones and the values.
-  const auto ritz = [&](Array& x, const Array& y) {
-    const auto q = self.gram_eigen(y).second.to(work_);
-    x = product(x, q);
-    left = product(y, q);
-    s = at::linalg_vector_norm(left, 2, at::IntArrayRef{1}, true, at::kDouble);
-    left = left / s.clamp_min(1e-300).to(work_).clamp_min(std::numeric_limits<float>::min());
-    // A singular value at the rounding level of A has no left vector of its own: any orthonormal one serves.
-    self.refill(left, s.le(8 * epsilon(work_) * self.frobenius_));
-    for (int round = 0; round < 4; ++round) {
-      if (self.cholesky_round(left) > 0.999 && round > 0) break;
-    }
-  };
-  self.cholesky_round(right);
-  self.cholesky_round(right);
-  Array y = self.empty(plan_.rows, right.size(2));
-  self.times(right, y);
-  ++passes;
-  ritz(right, y);
-  const Array inner = right, outer = left;  // singular vectors of A: short side, long side
-  const double smallest = s.numel() ? s.min().item<double>() : 0.0;
-  if (plan_.transposed) {
-    // A = W^T, so A V = U S says W^T U = V S. One more half step gives W V = U S, the form the certificate is for.
-    right = left.clone();
-    const Array z = self.transposed_times(right);
-    ++passes;
-    ritz(right, z);
-  }
-  // Repeated values come out of the last step in any order.
-  const auto order = std::get<1>(at::sort(s.squeeze(1), /*stable=*/true, /*dim=*/1, /*descending=*/true))[0];
-  s = s.index_select(2, order);
-  left = left.index_select(2, order);
-  right = right.index_select(2, order);
-  Candidate result{self.certify(0, left, s.squeeze(1), right, tol), {}};
-  passes += 1;
-  if (with_probe) {
-    result.missed = self.probe(0, outer, inner, smallest, passes);
-    if (result.missed.defined()) result.found.converged = false;
-  }
-  result.found.passes = passes;
-  return result;
-}
-
 // Residuals of the factors as they will be handed out, rounded to `out_`: rho_i = |W^T u_i - sigma_i v_i| / sigma_i.
-// A value at the rounding level of W is measured against sigma_1 instead. u, v: [1, *, r]; s: [1, r], scaled.
-core::Found<DenseAten::Array> DenseAten::certify(int64_t b, Array u, Array s, Array v, double tol) const {
-  core::Found<Array> found;
-  if (s.numel() > 0) {
-    const auto largest = u.gather(1, u.abs().argmax(1, true));
-    const auto sign = at::where(largest.lt(0), -1.0, 1.0).to(u.scalar_type());
-    u = (u * sign).to(out_);
-    v = (v * sign).to(out_);
-  }
-  // Sigma as it will be stored: it may be subnormal there, or beyond the range.
-  const int half = exponents_[b] / 2;
-  found.s = (s[0] * std::ldexp(1.0, half) * std::ldexp(1.0, exponents_[b] - half)).to(out_);
-  s = ((found.s.to(at::kDouble) * std::ldexp(1.0, -half)) * std::ldexp(1.0, half - exponents_[b])).unsqueeze(0);
-  TORCH_CHECK_VALUE(s.isfinite().all().item<bool>(),
-                    "osora::truncated_svd: the largest singular value is beyond the range of ", out_,
-                    ": scale the weight down, or convert it to float64");
-  const auto wide_s = s.to(at::kDouble).unsqueeze(1);
-  const auto adjoint = (plan_.transposed ? a_ : a_.mT()).narrow(0, b, 1);  // W^T [1, k, d]
-  const auto residual = product(adjoint, u.to(work_)) - v.to(work_) * s.to(work_).unsqueeze(1);
-  auto size = at::linalg_vector_norm(residual, 2, at::IntArrayRef{1}, false, at::kDouble);  // [1, r]
-  const auto norm = frobenius_.narrow(0, b, 1).squeeze(1);
-  if (work_ != at::kDouble) {
-    // What is this small is made of the product's own rounding: again in float64, some rows of W^T at a time.
-    const auto small = size[0].lt((64 * epsilon(work_)) * norm[0]).nonzero().squeeze(1);
-    if (small.numel() > 0) {
-      const auto few_u = u[0].index_select(1, small).to(at::kDouble);
-      const auto few_v = v[0].index_select(1, small).to(at::kDouble) * wide_s[0].index_select(1, small);
-      auto squares = at::zeros({small.numel()}, size.options());
-      constexpr int64_t kRows = 512;
-      for (int64_t begin = 0; begin < adjoint.size(1); begin += kRows) {
-        const int64_t count = std::min(kRows, adjoint.size(1) - begin);
-        const auto part = at::mm(adjoint[0].narrow(0, begin, count).to(at::kDouble), few_u);
-        squares += (part - few_v.narrow(0, begin, count)).square().sum(0);
+// A value at the rounding level of W is measured against sigma_1 instead.
+DenseAten::Certificate DenseAten::certify(Array u, Array s, Array v, double tol) const {
+  // Repeated values come out of Rayleigh-Ritz in any order.
+  const auto order = std::get<1>(at::sort(s, /*stable=*/true, /*dim=*/2, /*descending=*/true));
+  s = s.gather(2, order).squeeze(1);
+  const auto sorted = [&](const Array& a) { return a.gather(2, order.expand({a.size(0), a.size(1), order.size(2)})); };
+  u = sorted(u);
+  v = sorted(v);
+  const auto sign = at::where(u.gather(1, u.abs().argmax(1, true)).lt(0), -1.0, 1.0).to(u.scalar_type());
+  Certificate made{(u * sign).to(out_), at::empty(s.sizes(), s.options().dtype(out_)), (v * sign).to(out_),
+                   at::empty(s.sizes(), s.options())};
+  for (int64_t b = 0; b < batch(); ++b) {
+    // Sigma as it will be stored: it may be subnormal there, or beyond the range.
+    const int exponent = weights_[b]->exponent(), half = exponent / 2;
+    made.s[b].copy_(s[b] * std::ldexp(1.0, half) * std::ldexp(1.0, exponent - half));
+    const auto stored = (made.s[b].to(at::kDouble) * std::ldexp(1.0, -half)) * std::ldexp(1.0, half - exponent);  // [r]
+    TORCH_CHECK_VALUE(stored.isfinite().all().item<bool>(),
+                      "osora::truncated_svd: the largest singular value is beyond the range of ", out_,
+                      ": scale the weight down", out_ == at::kDouble ? "" : ", or convert it to float64");
+    const auto residual = weights_[b]->transposed_times(made.u[b].to(work_)) - made.v[b].to(work_) * stored.to(work_);
+    auto size = at::linalg_vector_norm(residual, 2, at::IntArrayRef{0}, false, at::kDouble);  // [r]
+    const auto norm = frobenius_[b][0];
+    const auto reliable = stored.gt((8 * epsilon(out_)) * norm);
+    const auto reference = at::where(reliable, stored, stored.amax(0, true)).clamp_min(1e-300);
+    if (work_ != at::kDouble) {
+      // The product's own rounding is at most some 16 epsilon |W|. Where that is as large as the tolerance, again in
+      // float64; elsewhere it is a small part of a residual that is far from the verdict.
+      const auto near =
+          reference.lt((16 / tol) * epsilon(work_) * norm).logical_and_(size.lt((64 * epsilon(work_)) * norm));
+      const auto small = near.nonzero().squeeze(1);
+      if (small.numel() > 0) {
+        const auto few_v = made.v[b].index_select(1, small).to(at::kDouble) * stored.index_select(0, small);
+        const auto few =
+            weights_[b]->in(at::kDouble).transposed_times(made.u[b].index_select(1, small).to(at::kDouble));
+        size.index_put_({small}, at::linalg_vector_norm(few - few_v, 2, at::IntArrayRef{0}));
       }
-      size[0].index_put_({small}, squares.sqrt());
+    }
+    made.residuals[b].copy_(size / reference);
+  }
+  return made;
+}
+
+std::vector<core::Candidate<DenseAten::Array>> DenseAten::report(const Certificate& certificate, const Array& values,
+                                                                 const Array* seen, double tol) const {
+  std::vector<core::Candidate<Array>> verdicts(batch());
+  for (int64_t b = 0; b < batch(); ++b) {
+    auto& [found, missed] = verdicts[b];
+    found.u = certificate.u[b];
+    found.s = certificate.s[b];
+    found.v = certificate.v[b];
+    found.residuals = certificate.residuals[b];
+    found.converged = found.residuals.max().item<double>() <= tol;
+    if (seen) {
+      const double smallest = values[b].min().item<double>();
+      const double noise = 64 * epsilon(work_) * frobenius_[b].item<double>();
+      missed = (*seen)[b].item<double>() > smallest * (1 + 1e-3) + noise;
     }
   }
-  const auto wide = s.to(at::kDouble);
-  const auto reliable = wide.gt((8 * epsilon(out_)) * norm);
-  const auto reference = at::where(reliable, wide, wide.amax(1, true)).clamp_min(1e-300);
-  found.residuals = (size / reference)[0];
-  found.converged = found.residuals.numel() == 0 || found.residuals.max().item<double>() <= tol;
-  found.u = u[0];
-  found.v = v[0];
-  return found;
+  return verdicts;
 }
 
-// A few power iterations on (I - U U^T) A from Gaussian vectors: what they see above sigma_r was missed. A lower
-// bound on |(I - U U^T) A|, so it never accuses a right answer.
-DenseAten::Array DenseAten::probe(int64_t b, const Array& u, const Array& v, double smallest, int64_t& passes) {
-  const int64_t count = std::min(kProbes, plan_.cols - v.size(2));
-  if (count <= 0) return {};
-  DenseAten self = one(b);
-  self.draws_ = 1u << 31;  // streams of its own
-  Array x = self.gaussian(plan_.cols, count);
-  const auto orthonormalise_x = [&] {
-    self.project_out(x, v);
-    self.refill(x, column_norms(x).le(std::numeric_limits<float>::min()));
-    self.cholesky_round(x);
-    self.project_out(x, v);
-    self.cholesky_round(x);
-  };
-  orthonormalise_x();
-  double seen = 0;
-  for (int64_t iteration = 0; iteration < kProbeIterations; ++iteration) {
-    Array y = self.empty(plan_.rows, count);
-    self.times(x, y);
-    self.project_out(y, u);
-    seen = std::sqrt(std::get<0>(at::linalg_eigh(gram_matrix(y))).max().clamp_min(0).item<double>());
-    x = self.transposed_times(y);
-    orthonormalise_x();
-    passes += 2;
+DenseAten::Array DenseAten::largest_value(const Array& y) {
+  return at::linalg_eigvalsh(gram_matrix(y)).amax(1).clamp_min(0).sqrt();
+}
+
+void DenseAten::insert(Array& r, int64_t b, const Array& x, int64_t i) {
+  const int64_t count = std::min(x.size(2), r.size(2));
+  r[b].narrow(1, 0, count).copy_(x[i].narrow(1, 0, count));
+}
+
+DenseAten::Array DenseAten::gram_vectors() const {
+  std::vector<Array> found;
+  for (const auto& weight : weights_) {
+    const auto vectors = std::get<1>(at::linalg_eigh(weight->gram(/*of_rows=*/plan_.transposed)));
+    found.push_back(vectors.narrow(1, plan_.cols - plan_.rank, plan_.rank).flip({1}));
   }
-  const double noise = 64 * epsilon(work_) * frobenius_[b].item<double>();
-  return seen > smallest * (1 + 1e-3) + noise ? x[0] : Array{};
+  return at::stack(found);
 }
 
-void DenseAten::insert_probe(Array& r, int64_t b, const Array& missed) const {
-  if (missed.defined()) r[b].narrow(1, 0, std::min(missed.size(1), r.size(2))).copy_(missed);
+DenseAten::Array DenseAten::subspace_iteration(int64_t passes) {
+  const auto orthonormal = [](const Array& a) { return std::get<0>(at::linalg_qr(a)); };
+  Array v = gaussian(plan_.cols, plan_.rank);
+  for (int64_t i = 0; i <= passes; ++i) {
+    Array y = empty(plan_.rows, plan_.rank);
+    times(v, y);
+    v = orthonormal(transposed_times(orthonormal(y)));
+  }
+  return v;
 }
 
-core::Found<DenseAten::Array> DenseAten::gram(int64_t b, double tol) {
-  const auto a = a_.narrow(0, b, 1);
-  const auto vectors = std::get<1>(at::linalg_eigh(product(a.mT(), a))).flip({-1});
-  return one(b).triplets(0, vectors.narrow(2, 0, plan_.rank), tol, /*with_probe=*/false).found;
-}
-
-core::Found<DenseAten::Array> DenseAten::full(int64_t b, double tol) {
-  auto [u, s, vh] = at::linalg_svd(a_[b], /*full_matrices=*/false);
-  auto left = u.narrow(1, 0, plan_.rank).unsqueeze(0), right = vh.mT().narrow(1, 0, plan_.rank).unsqueeze(0);
-  if (plan_.transposed) std::swap(left, right);
-  auto found = certify(b, left, s.narrow(0, 0, plan_.rank).unsqueeze(0).to(at::kDouble), right, tol);
-  found.passes = 1;
-  return found;
+std::vector<core::Candidate<DenseAten::Array>> DenseAten::full(double tol) const {
+  std::vector<Array> left, values, right;
+  for (const auto& weight : weights_) {
+    const auto [u, s, vh] = at::linalg_svd(weight->whole(), /*full_matrices=*/false);
+    left.push_back(u.narrow(1, 0, plan_.rank));
+    values.push_back(s.narrow(0, 0, plan_.rank).to(at::kDouble).unsqueeze(0));
+    right.push_back(vh.mT().narrow(1, 0, plan_.rank));
+  }
+  const auto s = at::stack(values);
+  auto candidates = report(certify(at::stack(left), s, at::stack(right), tol), s, nullptr, tol);
+  for (auto& candidate : candidates) {
+    candidate.found.passes = 1;
+    candidate.found.columns = plan_.rank;
+  }
+  return candidates;
 }
 
 }  // namespace osora

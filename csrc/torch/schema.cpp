@@ -24,8 +24,11 @@ TORCH_LIBRARY(osora, m) {
       " bool need_x, bool need_s, bool need_o) -> (Tensor, Tensor, Tensor)");
 
   // weights: matrices [d, k] of one shape; keys: one integer per matrix, part of its random stream.
-  // -> U [B, d, r], S [B, r], V [B, k, r], residuals [B, r], converged [B] bool, passes [B], method [B]
+  // -> U [B, d, r], S [B, r], V [B, k, r], residuals [B, r], converged [B] bool, passes [B], method [B], columns [B],
+  // Frobenius norms [B]. max_memory: bytes beyond the weights and the answer; 0 for no limit.
   m.def(
-      "truncated_svd(Tensor[] weights, int rank, float tol, int seed, int[] keys, str method)"
-      " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
+      "truncated_svd(Tensor[] weights, int rank, float tol, int seed, int[] keys, str method, int max_memory=0)"
+      " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
+  // What truncated_svd will do with a matrix [d, k] -> method, block, keep, basis, bytes beyond the weight.
+  m.def("svd_plan(int d, int k, int rank, int itemsize, str method, bool cuda, int threads) -> int[]");
 }

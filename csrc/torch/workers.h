@@ -19,14 +19,32 @@ __attribute__((weak)) int MKL_Set_Num_Threads_Local(int);
 
 namespace osora {
 
-// Runs task(i) for i in [0, count). Every task sees one thread, also when it is alone: what it computes cannot depend
-// on how many tasks there are. The first exception is rethrown here, after all threads have ended.
-inline void run_single_threaded(int64_t count, const std::function<void(int64_t)>& task) {
+// While it lives, BLAS called from this thread uses this thread alone. Inside at::parallel_for MKL would choose for
+// itself, from what the thread did before: other bits from one call to the next.
+struct SingleThreadedBlas {
+  SingleThreadedBlas() : before_(MKL_Set_Num_Threads_Local ? MKL_Set_Num_Threads_Local(1) : 0) {}
+  ~SingleThreadedBlas() {
+    if (MKL_Set_Num_Threads_Local) MKL_Set_Num_Threads_Local(before_);
+  }
+  SingleThreadedBlas(const SingleThreadedBlas&) = delete;
+  SingleThreadedBlas& operator=(const SingleThreadedBlas&) = delete;
+
+ private:
+  int before_;
+};
+
+// Runs task(i) for i in [0, count) on at most `workers` threads. Every task sees one thread, also when it is alone:
+// what it computes cannot depend on how many tasks there are. The first exception is rethrown here, after all threads
+// have ended.
+inline void run_single_threaded(int64_t count, int64_t workers, const std::function<void(int64_t)>& task) {
   std::atomic<int64_t> next{0};
   std::atomic<bool> failed{false};
   std::exception_ptr error;
   const auto work = [&] {
-    at::get_num_threads();  // torch sets a new thread's number at its first use: before ours
+    // torch sets a new thread's number at its first use: before ours. Once in torch, once in this library, which has
+    // its own copy of the inline function that at::parallel_for asks.
+    at::get_num_threads();
+    at::internal::lazy_init_num_threads();
     if (omp_set_num_threads) omp_set_num_threads(1);
     if (MKL_Set_Num_Threads_Local) MKL_Set_Num_Threads_Local(1);
     for (int64_t i = next++; i < count && !failed; i = next++) {
@@ -38,7 +56,7 @@ inline void run_single_threaded(int64_t count, const std::function<void(int64_t)
     }
   };
   std::vector<std::thread> threads;
-  for (int64_t t = 0; t < std::min<int64_t>(count, at::get_num_threads()); ++t) {
+  for (int64_t t = 0; t < std::min(count, workers); ++t) {
     try {
       threads.emplace_back(work);
     } catch (const std::system_error&) {  // no more threads to be had

@@ -1,0 +1,19 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "cpu/skinny.h"
+#include "cpu/skinny_tiles.h"
+
+namespace osora::cpu {
+namespace {
+
+void times(const float* a, int64_t m, int64_t k, int64_t lda, const float* x, int64_t n, float alpha, float* y) {
+  int64_t j = 0;
+  for (; j + 32 <= n; j += 32) times_strip<Sixteen, 8, 2>(a, m, k, lda, x + j, n, alpha, y + j);
+  if (j + 16 <= n) times_strip<Sixteen, 8, 1>(a, m, k, lda, x + j, n, alpha, y + j), j += 16;
+  if (j < n) times_strip<Eight, 8, 1>(a, m, k, lda, x + j, n, alpha, y + j);
+}
+
+}  // namespace
+
+extern const Skinny skinny_avx512{times, back_all<Sixteen, 8, 3>, scan<Sixteen>};
+
+}  // namespace osora::cpu
