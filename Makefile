@@ -26,6 +26,10 @@ NATIVE := $(shell find csrc tests/emulation -name '*.cpp' -o -name '*.h' -o -nam
 SOURCES := $(shell find csrc cmake build_backend python -type f ! -name '*.pyc' ! -name '*.so' ! -name _compiled_for.py) \
   CMakeLists.txt setup.py pyproject.toml README.md
 
+# What runs csrc/cuda on the CPU.
+COVERAGE_TESTS := tests/test_fold.py tests/test_dense_cuda.py tests/test_svd_drivers.py \
+  -k 'emulated or dense'
+
 # Nothing of a run depends on the user's language, and nothing is fetched from a model hub.
 export LC_ALL := C.UTF-8
 export PYTHONDONTWRITEBYTECODE := 1
@@ -34,7 +38,7 @@ export HF_HOME := $(CURDIR)/build/huggingface
 export MPLCONFIGDIR := $(CURDIR)/build/matplotlib
 export PATH := $(abspath $(VENV))/bin:$(PATH)
 
-.PHONY: demo test prepare unit lint emulation torch clean
+.PHONY: demo test prepare unit lint emulation coverage torch clean
 .DEFAULT_GOAL := test
 ifndef VERBOSE
 .SILENT:
@@ -67,6 +71,12 @@ emulation: $(STAMPS)/strict
 	echo "-- emulation: the CUDA sources, compiled for the CPU"
 	cmake -S . -B $(BUILD) -DOSORA_EMULATION=ON > build/emulation.log || { cat build/emulation.log; false; }
 	cmake --build $(BUILD) > build/emulation.log || { cat build/emulation.log; false; }
+
+# How much of csrc/cuda the tests run on the CPU: kernels by the emulator, host code with stand-ins for CUDA's libraries.
+coverage: prepare
+	echo "-- coverage of csrc/cuda"
+	cmake --build $(BUILD) --target osora_emulated_coverage > build/coverage.log || { cat build/coverage.log; false; }
+	$(PY) tests/emulation/coverage.py $(BUILD) -- -q --no-header $(COVERAGE_TESTS)
 
 clean:
 	rm -rf build

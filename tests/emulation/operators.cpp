@@ -3,6 +3,7 @@
 // the real operators, so that one test function serves both.
 #include <torch/library.h>
 
+#include "core/svd_drivers_limits.h"
 #include "torch/checks.h"
 #include "torch/fold_launch.h"
 
@@ -26,12 +27,19 @@ std::tuple<at::Tensor, at::Tensor> fold_backward_emulated(const at::Tensor& U, c
                               need_s, need_o, /*stream=*/nullptr);
 }
 
+void svd_driver_limits(int64_t method, int64_t d, int64_t k, int64_t rank, int64_t itemsize) {
+  core::refuse_driver(core::SvdMethod{method}, d, k, rank, itemsize);
+}
+void svd_driver_workspace(int64_t method, int64_t numbers) { core::refuse_workspace(core::SvdMethod{method}, numbers); }
+
 }  // namespace
 
 TORCH_LIBRARY(osora_emulated, m) {
   m.def("fold(Tensor U, Tensor S0, Tensor s, Tensor o) -> Tensor");
   m.def(
       "fold_backward(Tensor U, Tensor P, Tensor S0, Tensor s, Tensor o, bool need_s, bool need_o) -> (Tensor, Tensor)");
+  m.def("svd_driver_limits", &svd_driver_limits);
+  m.def("svd_driver_workspace", &svd_driver_workspace);
 }
 TORCH_LIBRARY_IMPL(osora_emulated, CPU, m) {
   m.impl("fold", &fold_emulated);

@@ -2,7 +2,7 @@
 // Kernels with one bug each, to show that the emulator and the sanitizers catch what they are for.
 //   planted_bugs --list     the names
 //   planted_bugs NAME       exit 0: nobody noticed; 3: wrong numbers came out; 4: launch() refused; else: a report
-// The last names, drop-barrier-N, run the real kernels of csrc/cuda/fold.cu without their Nth __syncthreads.
+// The last names, drop-barrier-N, run the real code of csrc/cuda/reduce.cuh and fold.cu without its Nth __syncthreads.
 #include <cmath>
 #include <cstdio>
 #include <exception>
@@ -13,7 +13,6 @@
 
 #include "cuda/half.cuh"
 #include "cuda/launch.h"
-#include "cuda/reduce.cuh"
 
 namespace {
 int dropped_barrier = -1;
@@ -23,7 +22,11 @@ void numbered_barrier(int number, osora::emulation::Site site = osora::emulation
 }
 }  // namespace
 #define __syncthreads() numbered_barrier(__COUNTER__)
-#include "cuda/fold.cu"  // NOLINT: the real source, with barriers that can be left out
+// The real sources, with barriers that can be left out. The kernels of svd_kernels.cu have those of reduce.cuh alone.
+#include "cuda/reduce.cuh"
+// clang-format off: reduce.cuh has the first numbers
+#include "cuda/fold.cu"  // NOLINT
+// clang-format on
 #undef __syncthreads
 constexpr int kBarriers = __COUNTER__ - kFirstBarrier;
 
@@ -151,8 +154,23 @@ int too_much_shared() {
   return kNoticedNothing;
 }
 
+// Two reductions, one after the other, over 8 warps.
+__global__ void reduce_kernel(double* sums, double* largest) {
+  const double mine = threadIdx.x;
+  sums[threadIdx.x] = osora::cuda::block_reduce(mine, osora::cuda::Sum());
+  largest[threadIdx.x] = osora::cuda::block_reduce(mine, osora::cuda::Largest());
+}
+bool reduces() {
+  std::vector<double> sums(256), largest(256);
+  launch(reduce_kernel, 1, 256, osora::cuda::block_reduce_bytes(256), nullptr, sums.data(), largest.data());
+  bool right = true;
+  for (int t = 0; t < 256; ++t) right = right && sums[t] == 255 * 128 && largest[t] == 255;
+  return right;
+}
+
 int drop_barrier(int number) {
   dropped_barrier = number;
+  bool right = reduces();
   const int64_t d = 130, r = 257;  // several blocks, several tiles of columns
   const std::vector<float> u(d * r, 1.0f), s0(r, 1.0f), s(r), o(d);
   std::vector<float> p(d * r);  // every column another number; small integers have exact sums
@@ -160,7 +178,6 @@ int drop_barrier(int number) {
   std::vector<float> ds(r), d_o(d), partial(osora::cuda::fold_backward_blocks(d) * r);
   osora::cuda::fold_backward(u.data(), p.data(), s0.data(), s.data(), o.data(), ds.data(), d_o.data(), partial.data(),
                              d, r, nullptr);
-  bool right = true;
   for (int64_t j = 0; j < r; ++j) right = right && ds[j] == static_cast<float>(d * j);
   for (const float x : d_o) right = right && x == static_cast<float>(r * (r - 1) / 2);
   return expect(right);

@@ -1,0 +1,534 @@
+// SPDX-License-Identifier: Apache-2.0
+// Runs the kernels of csrc/cuda/svd_kernels.cu and svd_ritz.cu on the CPU against float64, over sizes and types. Every
+// array is a heap block of its exact size, so that ASan sees any access beside it; outputs and scratch start as NaN.
+// The last line is a hash of all output bits: equal in every schedule (OSORA_EMULATION_ORDER).
+#include <algorithm>
+#include <cmath>
+#include <cstdio>
+#include <cstring>
+#include <functional>
+#include <memory>
+#include <random>
+#include <vector>
+
+#include "core/philox.h"
+#include "cuda/half.cuh"
+#include "cuda/svd_kernels.h"
+
+namespace {
+
+using namespace osora::cuda;
+
+int failures = 0, checks = 0;
+uint64_t all_bits = 1469598103934665603ull;
+std::mt19937 generator;
+
+void expect(bool good, const char* what) {
+  ++checks;
+  if (good) return;
+  ++failures;
+  std::printf("  FAILED: %s\n", what);
+}
+bool near(double got, double wish, double error) { return std::fabs(got - wish) <= error; }
+
+// Matrices in one block of exact size, with `gap` numbers between them.
+class Array {
+ public:
+  Array(Type type, int64_t rows, int64_t cols, int64_t batch = 1, int64_t gap = 0)
+      : panel_{nullptr, type, rows, cols, batch, rows * cols + gap},
+        count_(batch ? (batch - 1) * panel_.stride + rows * cols : 0),
+        memory_(new unsigned char[count_ * size_of(type)]) {
+    panel_.data = memory_.get();
+    std::memset(memory_.get(), 0xFF, count_ * size_of(type));
+  }
+  const Panel& panel() const { return panel_; }
+  template <class T>
+  T* as() const {
+    return static_cast<T*>(panel_.data);
+  }
+  int* ints() const { return as<int>(); }
+  double* doubles() const { return as<double>(); }
+  double get(int64_t b, int64_t i, int64_t j) const {
+    const void* at = panel_.at(b, j);
+    switch (panel_.type) {
+      case Type::kFloat64:
+        return static_cast<const double*>(at)[i];
+      case Type::kFloat32:
+        return static_cast<double>(static_cast<const float*>(at)[i]);
+      case Type::kBFloat16:
+        return static_cast<double>(widen(static_cast<const __nv_bfloat16*>(at)[i]));
+      case Type::kFloat16:
+        return static_cast<double>(widen(static_cast<const __half*>(at)[i]));
+      case Type::kInt32:
+        return static_cast<const int*>(at)[i];
+      default:
+        return static_cast<double>(static_cast<const int64_t*>(at)[i]);
+    }
+  }
+  void set(int64_t b, int64_t i, int64_t j, double x) const {
+    void* const at = panel_.at(b, j);
+    switch (panel_.type) {
+      case Type::kFloat64:
+        static_cast<double*>(at)[i] = x;
+        return;
+      case Type::kFloat32:
+        static_cast<float*>(at)[i] = static_cast<float>(x);
+        return;
+      case Type::kBFloat16:
+        narrow(static_cast<float>(x), static_cast<__nv_bfloat16*>(at)[i]);
+        return;
+      case Type::kFloat16:
+        narrow(static_cast<float>(x), static_cast<__half*>(at)[i]);
+        return;
+      case Type::kInt32:
+        static_cast<int*>(at)[i] = static_cast<int>(x);
+        return;
+      default:
+        static_cast<int64_t*>(at)[i] = static_cast<int64_t>(x);
+    }
+  }
+  // Every number by its place.
+  const Array& fill(const std::function<double(int64_t, int64_t, int64_t)>& value) const {
+    each([&](int64_t b, int64_t i, int64_t j) { set(b, i, j, value(b, i, j)); });
+    return *this;
+  }
+  const Array& normal(double scale = 1) const {
+    std::normal_distribution<double> draw;
+    return fill([&](int64_t, int64_t, int64_t) { return scale * draw(generator); });
+  }
+  bool all(const std::function<bool(int64_t, int64_t, int64_t)>& good) const {
+    bool right = true;
+    each([&](int64_t b, int64_t i, int64_t j) { right = right && good(b, i, j); });
+    return right;
+  }
+  double norm(int64_t b, int64_t j) const {
+    double sum = 0;
+    for (int64_t i = 0; i < panel_.rows; ++i) sum += get(b, i, j) * get(b, i, j);
+    return std::sqrt(sum);
+  }
+  // Into the hash of everything.
+  const Array& count() const {
+    for (int64_t k = 0; k < count_ * size_of(panel_.type); ++k) all_bits = (all_bits ^ memory_[k]) * 1099511628211ull;
+    return *this;
+  }
+
+ private:
+  template <class Call>
+  void each(Call call) const {
+    for (int64_t b = 0; b < panel_.batch; ++b)
+      for (int64_t j = 0; j < panel_.cols; ++j)
+        for (int64_t i = 0; i < panel_.rows; ++i) call(b, i, j);
+  }
+  Panel panel_;
+  int64_t count_;
+  std::unique_ptr<unsigned char[]> memory_;
+};
+
+Array vector_of(Type type, int64_t count, int64_t batch = 1) { return {type, 1, count, batch}; }
+
+const Type kWork[] = {Type::kFloat64, Type::kFloat32};
+
+void weights(Type type, Type to, int64_t d, int64_t k, double size) {
+  const int64_t batch = 3, ld = (k + 7) / 8 * 8;
+  std::vector<Array> w;
+  const void* addresses[batch];
+  for (int64_t b = 0; b < batch; ++b) {
+    w.emplace_back(type, k, d);  // row-major [d, k]
+    w[b].normal(size);
+  }
+  w[1].fill([](int64_t, int64_t, int64_t) { return 0; });
+  for (int64_t b = 0; b < batch; ++b) addresses[b] = w[b].panel().data;
+  const Array partial = vector_of(Type::kFloat64, weight_partials(d), batch),
+              norms = vector_of(Type::kFloat64, 1, batch);
+  const Array exponents = vector_of(Type::kInt32, 1, batch), out(to, ld, d, batch);
+  const Sources sources{addresses, type, d, k, batch};
+  weight_exponents(sources, partial.doubles(), exponents.ints(), nullptr);
+  scale_weights(sources, exponents.ints(), partial.doubles(), out.panel(), norms.doubles(), nullptr);
+  for (int64_t b = 0; b < batch; ++b) {
+    double largest = 0, squares = 0;
+    for (int64_t i = 0; i < d; ++i)
+      for (int64_t j = 0; j < k; ++j) largest = std::max(largest, std::fabs(w[b].get(0, j, i)));
+    int exponent = 0;
+    if (largest > 0) std::frexp(largest, &exponent);
+    bool exact = exponents.ints()[b] == exponent;
+    for (int64_t i = 0; i < d; ++i) {
+      for (int64_t j = 0; j < ld; ++j) {
+        const double wish = j < k ? std::ldexp(w[b].get(0, j, i), -exponent) : 0;
+        exact = exact && out.get(b, j, i) == wish;
+        squares += wish * wish;
+      }
+    }
+    expect(exact, "scaled weights");
+    expect(near(norms.doubles()[b], std::sqrt(squares), 1e-13 * std::sqrt(squares)), "Frobenius norm");
+  }
+  out.count(), norms.count();
+}
+
+void moves(int64_t rows, int64_t cols) {
+  const int64_t batch = 2;
+  for (const Type from : {Type::kFloat64, Type::kFloat32, Type::kInt32, Type::kInt64}) {
+    for (const Type to : {Type::kFloat64, Type::kFloat32, from}) {
+      const bool numbers = from == Type::kFloat64 || from == Type::kFloat32;
+      if (!numbers && to != from) continue;
+      const Array source(from, rows, cols, batch, 3), out(to, rows, cols, batch, 5);
+      source.normal(numbers ? 1 : 1e6);
+      copy(source.panel(), out.panel(), nullptr);
+      expect(out.all([&](int64_t b, int64_t i, int64_t j) {
+        const double x = source.get(b, i, j);
+        return out.get(b, i, j) == (to == Type::kFloat32 ? static_cast<double>(static_cast<float>(x)) : x);
+      }),
+             "copy");
+    }
+  }
+  const Array half(Type::kBFloat16, rows, cols, batch, 3), wide(Type::kFloat64, rows, cols, batch);
+  half.normal();
+  copy(half.panel(), wide.panel(), nullptr);
+  expect(wide.count().all([&](int64_t b, int64_t i, int64_t j) { return wide.get(b, i, j) == half.get(b, i, j); }),
+         "copy of bfloat16");
+  for (const Type type : kWork) {
+    const Array from(type, rows, cols, batch, 1), out(type, rows, 3, batch), which = vector_of(Type::kInt32, 3, batch);
+    from.normal();
+    which.fill([&](int64_t b, int64_t, int64_t j) { return static_cast<double>((7 * j + b) % cols); });
+    gather_columns(from.panel(), which.ints(), out.panel(), nullptr);
+    expect(out.count().all([&](int64_t b, int64_t i, int64_t j) {
+      return out.get(b, i, j) == from.get(b, i, which.ints()[b * 3 + j]);
+    }),
+           "gather");
+  }
+  const Array x(Type::kFloat32, rows, cols, batch, 2);
+  x.normal();
+  const int64_t ld = rows + 5;
+  for (const int terms : {1, 2, 3}) {
+    const Array split(Type::kBFloat16, ld, terms * cols, batch), wider(Type::kFloat32, ld, terms * cols, batch);
+    split_terms(x.panel(), terms, split.panel(), nullptr);
+    bool padded = true, right = true;
+    for (int64_t b = 0; b < batch; ++b) {
+      for (int64_t j = 0; j < cols; ++j) {
+        for (int64_t i = 0; i < ld; ++i) {
+          double sum = 0;
+          for (int t = 0; t < terms; ++t) sum += split.get(b, i, t * cols + j);
+          if (i >= rows) padded = padded && sum == 0;
+          if (i < rows) right = right && near(sum, x.get(b, i, j), std::ldexp(std::fabs(x.get(b, i, j)), -8 * terms));
+        }
+      }
+    }
+    expect(padded && right, "terms");
+    if (terms == 1) continue;
+    wider.fill([&](int64_t b, int64_t i, int64_t j) { return split.get(b, i, j); });
+    const Array sum(Type::kFloat32, ld, cols, batch, 1);
+    sum_terms(wider.panel(), terms, sum.panel(), nullptr);
+    expect(sum.all([&](int64_t b, int64_t i, int64_t j) {
+      return i >= rows ||
+             near(sum.get(b, i, j), x.get(b, i, j), std::ldexp(std::fabs(x.get(b, i, j)), terms == 3 ? -24 : -16));
+    }),
+           "sum of terms");
+    split.count(), wider.count();
+  }
+}
+
+void words(int64_t count) {
+  std::vector<uint64_t> host(count);
+  for (auto& word : host) word = generator();
+  const Array out = vector_of(Type::kInt64, count);
+  store_words(host.data(), count, out.as<uint64_t>(), nullptr);
+  expect(std::equal(host.begin(), host.end(), out.as<uint64_t>()), "words");
+  const Panel panel{out.panel().data, Type::kFloat32, 1, 1, count, 3};
+  const Array addresses = vector_of(Type::kInt64, count);
+  matrix_addresses(panel, addresses.as<void*>(), nullptr);
+  bool right = true;
+  for (int64_t b = 0; b < count; ++b) right = right && addresses.as<void*>()[b] == panel.at(b);
+  expect(right, "addresses");
+}
+
+void columns(Type type, int64_t rows, int64_t cols) {
+  const int64_t batch = 2;
+  const double unit = type == Type::kFloat64 ? 1e-14 : 1e-6;
+  const Array keys = vector_of(Type::kInt64, 1, batch), out(type, rows, cols, batch, 1);
+  keys.as<uint64_t>()[0] = osora::core::mixed_key(5, 7);
+  keys.as<uint64_t>()[1] = osora::core::mixed_key(5, 8);
+  const Random random{keys.as<uint64_t>(), 3};
+  fill_normal(out.panel(), random, nullptr);
+  std::vector<double> wish(rows * cols);
+  for (int64_t b = 0; b < batch; ++b) {
+    osora::core::fill_gaussian(wish.data(), rows * cols, 5, static_cast<uint64_t>(7 + b), 3);
+    bool same = true;
+    for (int64_t i = 0; i < rows; ++i) {
+      for (int64_t j = 0; j < cols; ++j) {
+        const double x = wish[i * cols + j];
+        same = same && out.get(b, i, j) == (type == Type::kFloat64 ? x : static_cast<double>(static_cast<float>(x)));
+      }
+    }
+    expect(same, "the numbers of core/philox.h");
+  }
+  const Array norms = vector_of(Type::kFloat64, cols, batch), lengths = vector_of(Type::kFloat64, cols, batch);
+  column_norms(out.panel(), norms.doubles(), nullptr);
+  expect(norms.all([&](int64_t b, int64_t, int64_t j) { return near(norms.get(b, 0, j), out.norm(b, j), 1e-12); }),
+         "column norms");
+
+  // A column per kind of noise, as far as there are columns.
+  const Array scale = vector_of(Type::kFloat64, 1, batch), seen = vector_of(Type::kFloat64, cols, batch);
+  scale.fill([](int64_t, int64_t, int64_t) { return 2; });
+  seen.fill([](int64_t, int64_t, int64_t j) { return j == 1 ? 3 : 0.5; });
+  for (const bool by_norms : {false, true}) {
+    const Array z(type, rows, cols, batch, 4);
+    z.normal();
+    const double level = 0.25, limit = by_norms ? level * 3 * level * 3 : level * 2;
+    for (int64_t i = 0; i < rows; ++i) {
+      for (int64_t j = 0; j < cols; ++j) {
+        if (j == 1) z.set(0, i, j, 0);
+        if (j == 2) z.set(1, i, j, NAN);
+        if (j == 3) z.set(1, i, j, 0.9 * limit / std::sqrt(static_cast<double>(rows)));
+        if (j == 4) z.set(1, i, j, 1.1 * limit / std::sqrt(static_cast<double>(rows)));
+        if (j == 5 && i == 0) z.set(1, i, j, INFINITY);
+      }
+    }
+    const Array before(type, rows, cols, batch);
+    before.fill([&](int64_t b, int64_t i, int64_t j) { return z.get(b, i, j); });
+    unit_columns(z.panel(), {level, scale.doubles(), by_norms ? seen.doubles() : nullptr}, random, lengths.doubles(),
+                 nullptr);
+    bool unit_length = true, direction = true, told = true;
+    for (int64_t b = 0; b < batch; ++b) {
+      for (int64_t j = 0; j < cols; ++j) {
+        const double length = before.norm(b, j);
+        told =
+            told && (std::isnan(length) ? std::isnan(lengths.get(b, 0, j))
+                                        : length == lengths.get(b, 0, j) || near(lengths.get(b, 0, j), length, 1e-12));
+        unit_length = unit_length && near(z.norm(b, j), 1, 10 * unit);
+        const bool noise = !(length > limit && length < INFINITY);
+        for (int64_t i = 0; i < rows; ++i) {
+          const double from = noise ? out.get(b, i, j) / out.norm(b, j) : before.get(b, i, j) / length;
+          direction = direction && near(z.get(b, i, j), from, unit);
+        }
+      }
+    }
+    expect(told && unit_length && direction, "unit columns");
+    z.count(), lengths.count();
+  }
+  const Array z(type, rows, cols, batch);
+  z.fill([](int64_t, int64_t, int64_t) { return 1e-30; });
+  unit_columns(z.panel(), {}, random, nullptr, nullptr);
+  expect(near(z.get(0, 0, 0), 1 / std::sqrt(static_cast<double>(rows)), unit), "unit columns, no noise");
+}
+
+void factors(int64_t n) {
+  const int64_t batch = 3;
+  const Array gram(Type::kFloat64, n, n, batch), identity(Type::kFloat64, n, n, batch),
+      before(Type::kFloat64, n, n, batch);
+  gram.normal();
+  before.fill([&](int64_t b, int64_t i, int64_t j) { return gram.get(b, i, j); });
+  shift_gram(gram.panel(), 0.5, identity.panel(), nullptr);
+  expect(gram.all([&](int64_t b, int64_t i, int64_t j) {
+    return gram.get(b, i, j) == before.get(b, i, j) + (i == j ? 0.5 : 0) && identity.get(b, i, j) == (i == j);
+  }),
+         "shift");
+  const Array info = vector_of(Type::kInt32, 1, batch), failed = vector_of(Type::kInt32, 1, batch);
+  info.ints()[0] = 0, info.ints()[1] = 2, info.ints()[2] = 0;
+  for (const Type type : kWork) {
+    failed.fill([](int64_t, int64_t, int64_t) { return 0; });
+    const Array out(type, n, n, batch);
+    usable_inverse(gram.panel(), before.panel(), info.ints(), 0.4, failed.ints(), out.panel(), nullptr);
+    expect(out.count().all([&](int64_t b, int64_t i, int64_t j) {
+      const bool good = b != 1 && gram.get(b, i, i) > 0.4;
+      const double x = before.get(b, i, j);
+      return out.get(b, i, j) == (good ? type == Type::kFloat64 ? x : static_cast<double>(static_cast<float>(x)) : 0);
+    }),
+           "usable inverse");
+    expect(failed.ints()[0] == 0 && failed.ints()[1] == 1 && failed.ints()[2] == 0, "failed factor");
+  }
+  failed.fill([](int64_t, int64_t, int64_t) { return 0; });
+  mark_failures(info.ints(), batch, failed.ints(), nullptr);
+  expect(failed.ints()[0] == 0 && failed.ints()[1] == 1 && failed.ints()[2] == 0, "failures");
+
+  const Array w = vector_of(Type::kFloat64, n, batch), lambda = vector_of(Type::kFloat64, n, batch);
+  const Array q(Type::kFloat64, n, n, batch), sigma = vector_of(Type::kFloat64, 1, batch);
+  w.fill([&](int64_t b, int64_t, int64_t j) { return b == 2 && j == n - 1 ? NAN : static_cast<double>(j) - 1.5; });
+  failed.fill([](int64_t, int64_t, int64_t) { return 0; });
+  descending_eigenpairs(w.doubles(), gram.panel(), info.ints(), lambda.panel(), q.panel(), sigma.doubles(),
+                        failed.ints(), nullptr);
+  expect(failed.ints()[0] == 0 && failed.ints()[1] == 1 && failed.ints()[2] == 1, "failed eigenpairs");
+  expect(q.all([&](int64_t b, int64_t i, int64_t j) {
+    return q.get(b, i, j) == (b ? 0 : gram.get(b, i, n - 1 - j));
+  }) && lambda.all([&](int64_t b, int64_t, int64_t j) {
+    return lambda.get(b, 0, j) == (b ? 0 : std::max(0.0, static_cast<double>(n - 1 - j) - 1.5));
+  }) && sigma.get(0, 0, 0) == std::sqrt(lambda.get(0, 0, 0)) &&
+             sigma.get(1, 0, 0) == 0,
+         "descending eigenpairs");
+
+  const Array defects = vector_of(Type::kFloat64, 1, batch);
+  gram.set(1, n / 2, n - 1, NAN);
+  gram_defects(gram.panel(), defects.doubles(), nullptr);
+  double largest = 0;
+  for (int64_t j = 0; j < n; ++j)
+    for (int64_t i = 0; i < n; ++i) largest = std::max(largest, std::fabs(gram.get(0, i, j) - (i == j)));
+  expect(defects.get(0, 0, 0) == largest && std::isnan(defects.get(1, 0, 0)), "defects");
+  q.count(), lambda.count(), sigma.count(), defects.count();
+}
+
+void ritz(int64_t n, int64_t block, int64_t rank) {
+  const int64_t batch = 2, count = std::max(rank, block), rows = 37;
+  const Array q(Type::kFloat64, n, n, batch), tail = vector_of(Type::kFloat64, count, batch);
+  q.normal();
+  for (int64_t i = 0; i < n && count > 2; ++i) q.set(1, i, 2, q.get(1, i, 0));  // a tie
+  q.set(0, n - 1, 1, NAN);                                                      // comes first
+  tails(q.panel(), block, count, tail.doubles(), nullptr);
+  bool right = true;
+  for (int64_t b = 0; b < batch; ++b) {
+    for (int64_t j = 0; j < count; ++j) {
+      double sum = 0;
+      for (int64_t i = n - block; i < n; ++i) sum += q.get(b, i, j) * q.get(b, i, j);
+      right = right && (std::isnan(sum) || near(tail.get(b, 0, j), std::sqrt(sum), 1e-12));
+    }
+  }
+  expect(right, "tails");
+  const Array which = vector_of(Type::kInt32, block, batch);
+  largest_first(tail.doubles(), count, block, batch, which.ints(), nullptr);
+  for (int64_t b = 0; b < batch; ++b) {
+    std::vector<int> order(count);
+    for (int64_t j = 0; j < count; ++j) order[j] = static_cast<int>(j);
+    const auto value = [&](int j) { return std::isnan(tail.get(b, 0, j)) ? INFINITY : tail.get(b, 0, j); };
+    std::stable_sort(order.begin(), order.end(), [&](int x, int y) { return value(x) > value(y); });
+    expect(std::equal(order.begin(), order.begin() + block, which.ints() + b * block), "largest first");
+  }
+  const Array lambda = vector_of(Type::kFloat64, n, batch), values = vector_of(Type::kFloat64, block, batch);
+  lambda.fill([&](int64_t, int64_t, int64_t j) { return 1.0 / static_cast<double>(1 + j * j); });
+  ritz_values(lambda.panel(), which.ints(), values.panel(), nullptr);
+  expect(values.all([&](int64_t b, int64_t, int64_t j) {
+    return values.get(b, 0, j) == std::sqrt(lambda.get(b, 0, which.ints()[b * block + j]));
+  }),
+         "Ritz values");
+  for (const Type type : kWork) {
+    const Array v(type, rows, n, batch), r(type, rows, block, batch), before(type, rows, block, batch);
+    v.normal(), r.normal();
+    before.fill([&](int64_t b, int64_t i, int64_t j) { return r.get(b, i, j); });
+    subtract_ritz(v.panel(), lambda.panel(), which.ints(), r.panel(), nullptr);
+    expect(r.count().all([&](int64_t b, int64_t i, int64_t j) {
+      const int64_t from = which.ints()[b * block + j];
+      return near(r.get(b, i, j), before.get(b, i, j) - v.get(b, i, from) * lambda.get(b, 0, from), 1e-6);
+    }),
+           "Ritz residuals");
+  }
+  const Array sizes = vector_of(Type::kFloat64, block, batch), frobenius = vector_of(Type::kFloat64, 1, batch);
+  const Array failed = vector_of(Type::kInt32, 1, batch), worst = vector_of(Type::kFloat64, 1, batch);
+  sizes.fill([](int64_t, int64_t, int64_t j) { return 0.01 * static_cast<double>(j % 5 + 1); });
+  frobenius.fill([](int64_t, int64_t, int64_t) { return 2; });
+  failed.fill([](int64_t b, int64_t, int64_t) { return static_cast<double>(b); });
+  const double level = 0.02, floor = 0.04;
+  relative_sizes({sizes.doubles(), which.ints(), block, rank, level, frobenius.doubles(), failed.ints()},
+                 lambda.panel(), worst.doubles(), nullptr);
+  double wish = 0;
+  for (int64_t j = 0; j < block; ++j) {
+    const int from = which.ints()[j];
+    const double size = sizes.get(0, 0, j), value = lambda.get(0, 0, from);
+    if (from < rank && size > floor * std::max(std::sqrt(value), floor)) wish = std::max(wish, size / value);
+  }
+  expect(worst.get(0, 0, 0) == wish && std::isnan(worst.get(1, 0, 0)), "relative sizes");
+  which.count(), values.count();
+}
+
+void answer(Type work, Type to, int64_t d, int64_t k, int64_t r) {
+  const int64_t batch = 2;
+  const Array u(work, d, r, batch), v(work, k, r, batch), s = vector_of(Type::kFloat64, r, batch);
+  const Array order = vector_of(Type::kInt32, r, batch), exponents = vector_of(Type::kInt32, 1, batch);
+  u.normal(), v.normal();
+  for (int64_t i = 0; i < d; ++i) u.set(0, i, 0, i % 2 ? 1 : -1);  // all equal: the first one decides
+  u.set(1, d - 1, r - 1, NAN);
+  s.fill([](int64_t, int64_t, int64_t j) { return 1.0 / static_cast<double>(j + 1) + 1e-9; });
+  order.fill([&](int64_t, int64_t, int64_t j) { return static_cast<double>(r - 1 - j); });
+  exponents.ints()[0] = 5, exponents.ints()[1] = -140;  // subnormal in float32
+  const Array out_u(to, d, r, batch), out_v(to, k, r, batch), out_s(to, 1, r, batch);
+  const Array stored = vector_of(Type::kFloat64, r, batch);
+  finish_triplets({u.panel(), v.panel(), s.doubles(), order.ints(), exponents.ints()}, out_u.panel(), out_v.panel(),
+                  out_s.panel(), stored.doubles(), nullptr);
+  bool right = true;
+  for (int64_t b = 0; b < batch; ++b) {
+    for (int64_t j = 0; j < r; ++j) {
+      const int64_t from = r - 1 - j;
+      double largest = 0, sign = 1;
+      for (int64_t i = 0; i < d; ++i) {
+        const double x = u.get(b, i, from);
+        if (std::fabs(x) > largest) largest = std::fabs(x), sign = x < 0 ? -1 : 1;
+        if (std::isnan(x)) largest = INFINITY, sign = 1;
+      }
+      const auto rounded = [&](double x) {
+        return to == Type::kFloat64 ? x : static_cast<double>(static_cast<float>(x));
+      };
+      const auto same = [&](double x, double y) { return x == y || (std::isnan(x) && std::isnan(y)); };
+      for (int64_t i = 0; i < d; ++i) right = right && same(out_u.get(b, i, j), rounded(sign * u.get(b, i, from)));
+      for (int64_t i = 0; i < k; ++i) right = right && same(out_v.get(b, i, j), rounded(sign * v.get(b, i, from)));
+      const double value = rounded(std::ldexp(s.get(b, 0, from), exponents.ints()[b]));
+      right = right && out_s.get(b, 0, j) == value && stored.get(b, 0, j) == std::ldexp(value, -exponents.ints()[b]);
+    }
+  }
+  expect(right, "triplets");
+
+  const Array product(Type::kFloat64, k, r, batch), residuals = vector_of(Type::kFloat64, r, batch);
+  product.normal();
+  residual_norms(product.panel(), out_v.panel(), stored.doubles(), residuals.doubles(), nullptr);
+  expect(residuals.all([&](int64_t b, int64_t, int64_t j) {
+    double sum = 0;
+    for (int64_t i = 0; i < k; ++i) {
+      const double x = product.get(b, i, j) - out_v.get(b, i, j) * stored.get(b, 0, j);
+      sum += x * x;
+    }
+    return near(residuals.get(b, 0, j), std::sqrt(sum), 1e-12);
+  }),
+         "residuals");
+
+  const Array one = vector_of(Type::kFloat64, 1, batch), two = vector_of(Type::kFloat64, 1, batch);
+  const Array failed = vector_of(Type::kInt32, 1, batch);
+  one.fill([](int64_t, int64_t, int64_t) { return 1; }), two.fill([](int64_t, int64_t, int64_t) { return 2; });
+  failed.fill([](int64_t b, int64_t, int64_t) { return static_cast<double>(b); });
+  for (const double* seen : {static_cast<const double*>(nullptr), static_cast<const double*>(two.doubles())}) {
+    const Array report = vector_of(Type::kFloat64, kResiduals + r, batch);
+    pack_report({residuals.doubles(), stored.doubles(), s.doubles(), r, batch, one.doubles(), two.doubles(), seen,
+                 one.doubles(), failed.ints(), 0.3},
+                report.doubles(), nullptr);
+    bool good = true;
+    for (int64_t b = 0; b < batch; ++b) {
+      double largest = 0;
+      for (int64_t j = 0; j < r; ++j) largest = std::max(largest, stored.get(b, 0, j));
+      good = good && report.get(b, 0, kDefect) == 2 && report.get(b, 0, kSmallest) == s.get(b, 0, r - 1) &&
+             report.get(b, 0, kSeen) == (seen ? 2 : 0) && report.get(b, 0, kFrobenius) == 1 &&
+             report.get(b, 0, kFailed) == static_cast<double>(b) && report.get(b, 0, kLargest) == largest;
+      for (int64_t j = 0; j < r; ++j) {
+        const double size = stored.get(b, 0, j);
+        good = good && report.get(b, 0, kResiduals + j) == residuals.get(b, 0, j) / (size > 0.3 ? size : largest);
+      }
+    }
+    expect(good, "report");
+    report.count();
+  }
+  out_u.count(), out_v.count(), out_s.count();
+}
+
+}  // namespace
+
+int main() {
+  struct Size {
+    int64_t d, k;
+  };
+  for (const auto [d, k] : {Size{1, 1}, {17, 5}, {33, 257}, {300, 3}, {16, 64}}) {
+    for (const Type type : {Type::kFloat64, Type::kFloat32, Type::kBFloat16, Type::kFloat16}) {
+      for (const double size : {1.0, type == Type::kFloat16 ? 1e-3 : 1e-30}) weights(type, Type::kFloat64, d, k, size);
+      if (type != Type::kFloat64) weights(type, Type::kFloat32, d, k, 100);
+    }
+    weights(Type::kBFloat16, Type::kBFloat16, d, k, 1e30);
+  }
+  for (const auto [rows, cols] : {Size{1, 1}, {4096, 1}, {4097, 1}, {67, 7}, {257, 3}}) moves(rows, cols);
+  for (const int64_t count : {1, 64, 65, 300}) words(count);
+  for (const auto [rows, cols] : {Size{1, 1}, {2, 1}, {255, 6}, {257, 7}, {513, 9}}) {
+    for (const Type type : kWork) columns(type, rows, cols);
+  }
+  for (const int64_t n : {2, 7, 259}) factors(n);
+  ritz(11, 3, 5), ritz(40, 16, 8), ritz(280, 7, 260);
+  for (const auto [d, k] : {Size{1, 1}, {5, 9}, {300, 257}}) {
+    for (const int64_t r : {1, 4}) {
+      for (const Type work : kWork) answer(work, Type::kFloat32, d, k, r);
+      answer(Type::kFloat64, Type::kFloat64, d, k, r);
+    }
+  }
+  answer(Type::kFloat32, Type::kFloat32, 20, 30, 300);
+  fill_normal({nullptr, Type::kFloat32, 5, 0, 1, 0}, {nullptr, 0}, nullptr);  // nothing to do is done
+  std::printf("%d checks, %d failures\nbits %016lx\n", checks, failures, static_cast<unsigned long>(all_bits));
+  return failures != 0;
+}
