@@ -4,9 +4,10 @@
 from osora._load import _C
 from osora.checkpoint import AdapterError, load_adapter, save_adapter
 from osora.config import OsoraConfig
-from osora.factors import ConvergenceError, TruncatedSVD, truncated_svd
+from osora.factors import ConvergenceError, SvdPlan, TruncatedSVD, svd_plan, truncated_svd
 from osora.merge import merge, unmerge
 from osora.patch import adapter_parameters, attach, detach, disabled
+from osora.spectrum import Spectrum, rank_for_energy, spectrum
 from osora.summary import Summary, summary
 
 build_info = _C.build_info
@@ -16,7 +17,9 @@ __all__ = [
     "AdapterError",
     "ConvergenceError",
     "OsoraConfig",
+    "Spectrum",
     "Summary",
+    "SvdPlan",
     "TruncatedSVD",
     "__version__",
     "adapter_parameters",
@@ -26,8 +29,11 @@ __all__ = [
     "disabled",
     "load_adapter",
     "merge",
+    "rank_for_energy",
     "save_adapter",
+    "spectrum",
     "summary",
+    "svd_plan",
     "truncated_svd",
     "unmerge",
 ]

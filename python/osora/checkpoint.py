@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from osora import fingerprint, ops
 from osora.config import OsoraConfig
-from osora.factors import Decomposition
+from osora.factors import Decomposition, check_max_memory
 from osora.layers import OsoraLinear, oriented_weight
 from osora.patch import adapted_layers, decompose_targets, install, refuse_if_adapted, state_of
 from osora.targets import Target, check_is_linear, check_not_tied, weight_holders
@@ -325,12 +325,19 @@ def _check_rebuilt(described: Mapping[str, Any], layer: OsoraLinear, tol: float)
             )
 
 
-def load_adapter(model: nn.Module, folder: str | os.PathLike[str], *, progress: bool | None = None) -> nn.Module:
+def load_adapter(
+    model: nn.Module,
+    folder: str | os.PathLike[str],
+    *,
+    max_memory: int | None = None,
+    progress: bool | None = None,
+) -> nn.Module:
     """Put a saved adapter on its base model, in place. If anything is wrong, the model is left as it was.
 
     Args:
         model: the base model the adapter was trained on; another dtype of it is accepted with a warning.
         folder: what :func:`save_adapter` wrote.
+        max_memory: bytes that computing a basis again may take, as for :func:`osora.attach`.
         progress: a progress bar while a basis is computed again; by default only on a terminal.
 
     Returns:
@@ -339,10 +346,11 @@ def load_adapter(model: nn.Module, folder: str | os.PathLike[str], *, progress: 
     Raises:
         FileNotFoundError: no adapter in ``folder``.
         AdapterError: a damaged or foreign file; another base; a basis that cannot be computed again.
-        ValueError: the model has an adapter already.
+        ValueError: the model has an adapter already; a weight cannot be decomposed within max_memory.
     """
     folder = Path(folder)
     began = time.perf_counter()
+    check_max_memory(max_memory)
     refuse_if_adapted(model)
     description = _read_config(folder / CONFIG_FILE)
     tensors = _read_tensors(folder / TENSOR_FILE, description)
@@ -361,14 +369,15 @@ def load_adapter(model: nn.Module, folder: str | os.PathLike[str], *, progress: 
         names = sorted(names_of[id(module)], key=lambda name: name != item["name"])
         if names[0] != item["name"] or any(module is target.module for target in targets):
             raise AdapterError(f"{item['name']} is another name of {names[0]} or of a module named before it")
-        targets.append(Target(tuple(names), module, item["rank"]))
+        targets.append(Target(tuple(names), module, _rank_decomposed(item, config)))
     _check_all_bases(list(modules.values()), [oriented_weight(target.module) for target in targets])
 
     S0 = dict(zip(modules, tensors[SINGULAR_VALUES].split([m["rank"] for m in modules.values()]), strict=True))
     if description["save_basis"]:
         found = [(target, _stored_factors(modules[target.name], tensors, S0[target.name])) for target in targets]
     else:
-        found = list(decompose_targets(targets, config, unconverged="warn", progress=progress))
+        rebuilt = decompose_targets(targets, config, max_memory=max_memory, unconverged="warn", progress=progress)
+        found = [(target, factors.leading(modules[target.name]["rank"])) for target, factors in rebuilt]
     layers = []
     for target, factors in found:
         item = modules[target.name]
@@ -384,6 +393,14 @@ def load_adapter(model: nn.Module, folder: str | os.PathLike[str], *, progress: 
     layers.sort(key=lambda pair: order[pair[0].name])
     install(model, layers, config, time.perf_counter() - began)
     return model
+
+
+def _rank_decomposed(described: Mapping[str, Any], config: OsoraConfig) -> int:
+    """The rank of the decomposition that a module's triplets are the first of: the same run gives the same bits."""
+    if config.rank_for_energy is None:
+        return described["rank"]
+    most = min(described["out_features"], described["in_features"])
+    return max(described["rank"], min(config.rank_for(described["name"]), most))
 
 
 def _stored_factors(described: Mapping[str, Any], tensors: Mapping[str, Tensor], S0: Tensor) -> Decomposition:

@@ -52,6 +52,9 @@ class OsoraConfig:
         seed: of the decomposition's random start.
         rank_pattern: module name or regular expression → rank, for modules that differ from ``r``.
         layers_to_transform: only layers with these indices (the first number in a module's name).
+        rank_for_energy: a share 0 < p <= 1 of a weight's squared Frobenius norm. ``r`` (or ``rank_pattern``'s rank) is
+            then the most that a module may take: it keeps the fewest leading triplets that hold this share. Where even
+            ``r`` of them hold less, it keeps ``r``, with a note in the summary.
 
     Raises:
         TypeError, ValueError: a value of the wrong type or out of range, naming it.
@@ -65,6 +68,7 @@ class OsoraConfig:
     seed: int = 0
     rank_pattern: Mapping[str, int] = field(default_factory=dict)
     layers_to_transform: int | Sequence[int] | None = None
+    rank_for_energy: float | None = None
 
     def __post_init__(self) -> None:
         """Check every field and bring it to one form."""
@@ -76,8 +80,10 @@ class OsoraConfig:
         put("target_modules", _checked_names("target_modules", self.target_modules))
         if self.exclude_modules is not None:
             put("exclude_modules", _checked_names("exclude_modules", self.exclude_modules))
-        for name in ("dropout", "tol"):
+        for name in ("dropout", "tol", "rank_for_energy"):
             value = getattr(self, name)
+            if name == "rank_for_energy" and value is None:
+                continue
             if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
                 raise TypeError(f"{name} must be a finite number, got {value!r}")
             put(name, float(value))
@@ -85,6 +91,8 @@ class OsoraConfig:
             raise ValueError(f"dropout must be in 0 <= p < 1, got {self.dropout}")
         if self.tol <= 0:
             raise ValueError(f"tol must be positive, got {self.tol}")
+        if self.rank_for_energy is not None and not 0 < self.rank_for_energy <= 1:
+            raise ValueError(f"rank_for_energy must be in 0 < p <= 1, got {self.rank_for_energy}")
         if not isinstance(self.rank_pattern, Mapping):
             raise TypeError(f"rank_pattern must map module names to ranks, got {self.rank_pattern!r}")
         for pattern, rank in self.rank_pattern.items():
@@ -101,7 +109,10 @@ class OsoraConfig:
             put("layers_to_transform", tuple(_checked_int("layers_to_transform", n, 0) for n in layers))
 
     def rank_for(self, name: str) -> int:
-        """The rank asked for the module ``name``, before clipping; the first pattern that matches wins."""
+        """The rank asked for the module ``name``, before clipping; the first pattern that matches wins.
+
+        With ``rank_for_energy`` it is the most that the module may take.
+        """
         for pattern, rank in self.rank_pattern.items():
             if re.fullmatch(rf"(.*\.)?(?:{pattern})", name):
                 return rank

@@ -71,7 +71,13 @@ def _(
 
 @torch.library.register_fake("osora::truncated_svd")
 def _(
-    weights: Sequence[Tensor], rank: int, tol: float, seed: int, keys: Sequence[int], method: str
+    weights: Sequence[Tensor],
+    rank: int,
+    tol: float,
+    seed: int,
+    keys: Sequence[int],
+    method: str,
+    max_memory: int = 0,
 ) -> tuple[Tensor, ...]:
     count, (d, k) = len(weights), weights[0].shape
     like = weights[0].new_empty(0, dtype=reference.accumulate_dtype(weights[0].dtype))
@@ -84,6 +90,8 @@ def _(
         torch.empty(count, dtype=torch.bool, **host),
         torch.empty(count, dtype=torch.int64, **host),
         torch.empty(count, dtype=torch.int64, **host),
+        torch.empty(count, dtype=torch.int64, **host),
+        torch.empty(count, dtype=torch.float64, **host),
     )
 
 

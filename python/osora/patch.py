@@ -2,17 +2,19 @@
 """An adapter's way into a model and out of it: decompose, wrap, freeze; and all of it back."""
 
 import logging
+import math
 import time
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from torch import nn
 
 from osora.config import OsoraConfig
-from osora.factors import Decomposition, Unconverged, check_matrix, decompose
+from osora.factors import Decomposition, Unconverged, check_matrix, check_max_memory, decompose, svd_plan
 from osora.layers import OsoraLinear, oriented_weight
+from osora.spectrum import captured_energy, rank_for_energy
 from osora.targets import Target, find_targets
 
 log = logging.getLogger("osora")
@@ -61,14 +63,32 @@ def batches(targets: list[Target]) -> Iterator[list[Target]]:
             yield group[begin : begin + size]
 
 
+def _check_fits(target: Target, max_memory: int) -> None:
+    weight = oriented_weight(target.module)
+    plan = svd_plan(weight.shape, target.rank, weight.dtype, weight.device)
+    if plan.bytes > max_memory:
+        raise ValueError(
+            f"{target.name}.weight {list(weight.shape)} takes {plan.bytes} bytes to decompose at rank {target.rank}, "
+            f"and max_memory is {max_memory}: allow more, take a smaller r, or leave it out with exclude_modules"
+        )
+
+
 def decompose_targets(
-    targets: list[Target], config: OsoraConfig, *, unconverged: Unconverged, progress: bool | None
+    targets: list[Target],
+    config: OsoraConfig,
+    *,
+    max_memory: int | None,
+    unconverged: Unconverged,
+    progress: bool | None,
 ) -> Iterator[tuple[Target, Decomposition]]:
     """Each target with its factors, as they come; a bar on a terminal unless ``progress`` says otherwise."""
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn  # slow to import
 
+    check_max_memory(max_memory)
     for target in targets:  # all of them before any work
         check_matrix(oriented_weight(target.module), f"{target.name}.weight")
+        if max_memory is not None:
+            _check_fits(target, max_memory)
     columns = (TextColumn("[bold]{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, disable=progress is False, transient=progress is None) as bar:
         if progress is None and not bar.console.is_terminal:
@@ -79,13 +99,26 @@ def decompose_targets(
                 [oriented_weight(target.module) for target in batch],
                 batch[0].rank,
                 names=[target.name for target in batch],
+                labels=[f"{target.name}.weight" for target in batch],
                 tol=config.tol,
                 seed=config.seed,
+                max_memory=max_memory,
                 unconverged=unconverged,
             )
             for target, factors in zip(batch, found, strict=True):
                 yield target, factors
                 bar.advance(task)
+
+
+def _keep_enough(target: Target, factors: Decomposition, fraction: float) -> tuple[Target, Decomposition]:
+    """The fewest leading triplets that hold ``fraction`` of the weight's energy, or all of them and a note."""
+    energy = captured_energy(factors.S, factors.norm)
+    rank = rank_for_energy(energy, fraction)
+    if rank is not None:
+        return replace(target, rank=rank), factors.leading(rank)
+    held = math.floor(float(energy[-1]) * 1e4) / 1e4  # rounded up, it could read as enough
+    note = f"rank {target.rank} holds {held} of the energy, rank_for_energy={fraction:g} asks for more"
+    return replace(target, note="; ".join(filter(None, (target.note, note)))), factors
 
 
 # -- in and out ------------------------------------------------------------------------------------------------------
@@ -120,6 +153,7 @@ def attach(
     model: nn.Module,
     config: OsoraConfig | None = None,
     *,
+    max_memory: int | None = None,
     unconverged: Unconverged = "warn",
     progress: bool | None = None,
 ) -> nn.Module:
@@ -131,6 +165,8 @@ def attach(
     Args:
         model: any ``nn.Module`` with linear layers.
         config: what to adapt; by default every linear layer but the output head, at rank 64.
+        max_memory: bytes that a decomposition may take beyond the weights and the factors, None for no limit; see
+            :func:`osora.svd_plan`. Fewer weights are in work at the same time if need be.
         unconverged: "warn" or "raise" when a decomposition misses ``config.tol``.
         progress: a progress bar; by default only on a terminal.
 
@@ -138,7 +174,8 @@ def attach(
         ``model`` itself.
 
     Raises:
-        ValueError: no target, a tied weight, NaN in a weight, an adapter already there.
+        ValueError: no target, a tied weight, NaN in a weight, one that does not fit in max_memory, an adapter already
+            there.
         TypeError: a quantised or integer weight.
         osora.ConvergenceError: see ``unconverged``.
     """
@@ -148,10 +185,13 @@ def attach(
     refuse_if_adapted(model)
     began = time.perf_counter()
     targets = find_targets(model, config)
-    layers = [
-        (target, OsoraLinear(target.module, factors, config.dropout))
-        for target, factors in decompose_targets(targets, config, unconverged=unconverged, progress=progress)
-    ]
+    layers = []
+    for target, factors in decompose_targets(
+        targets, config, max_memory=max_memory, unconverged=unconverged, progress=progress
+    ):
+        if config.rank_for_energy is not None:
+            target, factors = _keep_enough(target, factors, config.rank_for_energy)
+        layers.append((target, OsoraLinear(target.module, factors, config.dropout)))
     install(model, layers, config, time.perf_counter() - began)
     return model
 

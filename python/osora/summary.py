@@ -9,6 +9,8 @@ from torch import nn
 
 from osora.patch import adapted_layers, state_of
 
+_NOTES_SHOWN = 8
+
 
 @dataclass(frozen=True)
 class ModuleSummary:
@@ -50,21 +52,26 @@ class Summary:
         return all(module.converged for module in self.modules)
 
     def __str__(self) -> str:
-        """Shapes with their counts, and the totals."""
+        """Shapes with their counts and ranks (least-most), the totals, and the first notes."""
         groups: dict[tuple, list[ModuleSummary]] = defaultdict(list)
         for module in self.modules:
-            groups[(*module.shape, module.rank, module.method)].append(module)
-        lines = [f"{'layers':>6}  {'weight':>14}  {'rank':>5}  {'trainable':>10}  {'method':>8}  {'max residual':>12}"]
-        for (d, k, rank, method), group in groups.items():
+            groups[(*module.shape, module.method)].append(module)
+        lines = [f"{'layers':>6}  {'weight':>14}  {'rank':>9}  {'trainable':>10}  {'method':>8}  {'max residual':>12}"]
+        for (d, k, method), group in groups.items():
             trainable, residual = sum(m.trainable for m in group), max(m.max_residual for m in group)
+            least, most = min(m.rank for m in group), max(m.rank for m in group)
+            rank = str(most) if least == most else f"{least}-{most}"
             lines.append(
-                f"{len(group):>6}  {f'{d} x {k}':>14}  {rank:>5}  {trainable:>10,}  {method:>8}  {residual:>12.1e}"
+                f"{len(group):>6}  {f'{d} x {k}':>14}  {rank:>9}  {trainable:>10,}  {method:>8}  {residual:>12.1e}"
             )
         lines.append(
             f"trainable {self.trainable:,} of {self.total:,} ({self.share:.3%}); decomposed in {self.seconds:.1f} s, "
             f"largest residual {self.max_residual:.1e}" + ("" if self.converged else ", NOT ALL CONVERGED")
         )
-        lines += [f"{module.name}: {module.note}" for module in self.modules if module.note]
+        notes = [f"{module.name}: {module.note}" for module in self.modules if module.note]
+        lines += notes[:_NOTES_SHOWN]
+        if len(notes) > _NOTES_SHOWN:
+            lines.append(f"and {len(notes) - _NOTES_SHOWN} more notes: see modules")
         return os.linesep.join(lines)
 
 
