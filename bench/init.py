@@ -7,21 +7,37 @@ What is timed, per group of equal layers (attach's own batches), the peers in tu
   pissa_niter_16   the same with torch.svd_lowrank(niter=16)
 PEFT's finding and wrapping of layers is left out of its time.
 
-First every layer of every peer is compared with a float64 SVD. If one of osora's answers is wrong (singular values,
-reported residuals, or "converged" where it is not), nothing is timed and the exit code is 1.
+First every layer of every peer is compared with its true triplets: a float64 SVD, or what the model was made of where
+that is known (--model llama3-8b-layers). If one of osora's answers is wrong (singular values, reported residuals, or
+"converged" where it is not), no time is shown and the exit code is 1. With --slow, a batch for which `pissa` took more
+than so many seconds is not given to it again: the run that was checked is the one whose time stands, marked "once",
+and the ratio is to osora's run before it. osora and pissa_niter_16 run as often as asked.
 """
 
 import argparse
 import math
 import sys
+import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import models
 import torch
-from measure import Refused, Run, Timing, check_device, console, interleaved, show_ratio, show_seconds, table
+from measure import (
+    Refused,
+    Run,
+    Timing,
+    check_device,
+    console,
+    interleaved,
+    show_ratio,
+    show_seconds,
+    synchronise,
+    table,
+)
+from spectra import Truth
 from torch import Tensor, nn
 
 from osora import OsoraConfig
@@ -31,6 +47,8 @@ from osora.patch import batches, decompose_targets
 from osora.targets import Target, find_targets
 
 PEERS = ("osora", "pissa", "pissa_niter_16")
+MAY_BE_SLOW = ("pissa",)
+SLOW = {models.LLAMA: 5.0}  # --slow where it is not given: else never
 SIGMA_TOLERANCE = 1e-5  # relative, every singular value
 RESIDUAL_FACTOR = 10  # a reported residual and the true one
 # What float32 factors can show: below it a residual is rounding, and a singular value is zero.
@@ -123,7 +141,7 @@ def osora_initialise(batch: list[Target], config: OsoraConfig) -> list[Decomposi
     """attach's work for one of its batches."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)  # what has not converged is counted in the table
-        pairs = list(decompose_targets(batch, config, unconverged="warn", progress=False))
+        pairs = list(decompose_targets(batch, config, max_memory=None, unconverged="warn", progress=False))
     for target, factors in pairs:
         OsoraLinear(target.module, factors)
     return [factors for _, factors in pairs]
@@ -174,65 +192,109 @@ class Group:
     errors: dict[str, Errors]
     passes: list[int]
     unconverged: int
+    first: dict[str, Timing]  # of the run that was checked
+
+    def once(self, slow: float | None) -> set[str]:
+        """The peers that have run often enough."""
+        return {name for name in MAY_BE_SLOW if slow is not None and self.first[name].median > slow}
 
 
-def check(batch: list[Target], config: OsoraConfig, tell: Callable[[], None]) -> tuple[Group, list[str]]:
-    """Every peer on every layer of the batch against a float64 SVD on the CPU."""
-    ours = osora_initialise(batch, config)
-    found = {"osora": [Found(item.U, item.S, item.V, item) for item in ours]}
-    for kind in PEERS[1:]:
-        layers = PissaLayers(batch, kind)
-        layers.initialise()
-        found[kind] = layers.found()
-    worst, wrong = {name: Errors() for name in PEERS}, []
-    for i, target in enumerate(batch):
-        W = oriented_weight(target.module).detach().to("cpu", torch.float64)
-        U, S, Vh = torch.linalg.svd(W, full_matrices=False)
-        truth = U[:, : target.rank], S[: target.rank], Vh[: target.rank].mT
-        for name in PEERS:
-            errors, left = errors_of(W, truth, found[name][i])
+def timed(call: Callable[[], Any], device: str) -> tuple[Any, Timing]:
+    """One run and its time."""
+    synchronise(device)
+    began = time.perf_counter()
+    result = call()
+    synchronise(device)
+    return result, Timing((time.perf_counter() - began,))
+
+
+def truth_of(target: Target, known: Mapping[str, Truth]) -> tuple[Tensor, Tensor, Tensor]:
+    """U, S and V in float64: what is known, or of an SVD on the CPU."""
+    if target.name in known:
+        true = known[target.name].top(target.rank)
+        return true.U, true.S, true.V
+    U, S, Vh = torch.linalg.svd(oriented_weight(target.module).detach().to("cpu", torch.float64), full_matrices=False)
+    return U[:, : target.rank].clone(), S[: target.rank].clone(), Vh[: target.rank].mT.clone()
+
+
+def check(
+    batch: list[Target],
+    config: OsoraConfig,
+    known: Mapping[str, Truth],
+    device: str,
+    tell: Callable[[], None],
+    alone: bool = False,
+) -> tuple[Group, list[str]]:
+    """Every peer on every layer of the batch against the truth; osora first, the others not if it is wrong or alone."""
+    ours, seconds = timed(lambda: osora_initialise(batch, config), device)
+    truth = [truth_of(target, known) for target in batch]
+    first, worst, wrong = {"osora": seconds}, {name: Errors() for name in PEERS}, []
+
+    def compare(name: str, answers: list[Found]) -> None:
+        for i, target in enumerate(batch):
+            W = oriented_weight(target.module).detach().to("cpu", torch.float64)
+            errors, left = errors_of(W, truth[i], answers[i])
             worst[name] |= errors
             if name == "osora":
-                wrong += complaints(target.name, errors, left, ours[i], config.tol)
-        tell()
+                wrong.extend(complaints(target.name, errors, left, ours[i], config.tol))
+                tell()
+
+    compare("osora", [Found(item.U, item.S, item.V, item) for item in ours])
+    for kind in () if alone or wrong else PEERS[1:]:
+        layers = PissaLayers(batch, kind)
+        _, first[kind] = timed(layers.initialise, device)
+        compare(kind, layers.found())
     passes = [item.passes for item in ours]
     unconverged = sum(not item.converged for item in ours)
-    return Group(batch, tuple(oriented_weight(batch[0].module).shape), worst, passes, unconverged), wrong
+    return Group(batch, tuple(oriented_weight(batch[0].module).shape), worst, passes, unconverged, first), wrong
 
 
 def time_group(group: Group, config: OsoraConfig, options: argparse.Namespace) -> dict[str, Timing]:
-    """The peers in turn on one batch."""
+    """The peers in turn on one batch, without those that once is enough for."""
     calls: dict[str, Callable[[], object]] = {"osora": lambda: osora_initialise(group.batch, config)}
     for kind in PEERS[1:]:
-        calls[kind] = PissaLayers(group.batch, kind).initialise
+        if kind not in group.once(options.slow):
+            calls[kind] = PissaLayers(group.batch, kind).initialise
     return interleaved(calls, options.repetitions, warm_up=options.warm_up, device=options.device)
 
 
+def add(times: list[Timing]) -> Timing:
+    """Repetition by repetition."""
+    return sum(times[1:], times[0])
+
+
 def summarise(name: str, groups: list[Group], times: list[dict[str, Timing]]) -> dict[str, Any]:
-    """Some batches as one line of the table: times are added, errors are the largest."""
-    total = {peer: sum((t[peer] for t in times[1:]), times[0][peer]) for peer in PEERS}
+    """Some batches as one line of the table: times are added, errors are the largest.
+
+    A peer that ran once on one of the batches is given the time of its first run on all of them, beside osora's first.
+    """
+    first = {peer: add([group.first[peer] for group in groups]) for peer in PEERS}
+    once = {peer for peer in PEERS if any(peer not in t for t in times)}
+    total = {peer: first[peer] if peer in once else add([t[peer] for t in times]) for peer in PEERS}
+    ratios = {peer: (first if peer in once else total)["osora"].ratio(total[peer]) for peer in PEERS}
     passes = [count for group in groups for count in group.passes]
     peers = {}
     for peer in PEERS:
         worst = Errors()
         for group in groups:
             worst |= group.errors[peer]
-        peers[peer] = {"seconds": total[peer].as_dict(), "largest_error": asdict(worst)}
+        peers[peer] = {"seconds": total[peer].as_dict(), "largest_error": asdict(worst), "once": peer in once}
         if peer != "osora":
-            middle, low, high = total["osora"].ratio(total[peer])
-            peers[peer]["osora_over_this"] = {"median": middle, "min": low, "max": high}
+            peers[peer]["osora_over_this"] = dict(zip(("median", "min", "max"), ratios[peer], strict=True))
+        if peer in once:
+            peers[peer]["osora_seconds_beside"] = first["osora"].median
     peers["osora"] |= {
         "passes": {"min": min(passes), "max": max(passes), "mean": sum(passes) / len(passes)},
         "unconverged": sum(group.unconverged for group in groups),
     }
-    return {"what": name, "matrices": len(passes), "peers": peers, "_times": total}
+    return {"what": name, "matrices": len(passes), "peers": peers, "_times": total, "_ratios": ratios}
 
 
 def show(title: str, summaries: list[dict[str, Any]]) -> None:
     """The table; takes the timings out of the summaries."""
     rows: list[list[str | None]] = []
     for line in summaries:
-        times = line.pop("_times")
+        times, ratios = line.pop("_times"), line.pop("_ratios")
         for peer in PEERS:
             facts = line["peers"][peer]
             worst, ratio, passes = facts["largest_error"], "", ""
@@ -241,10 +303,12 @@ def show(title: str, summaries: list[dict[str, Any]]) -> None:
                 passes = f"{count['min']}" if count["min"] == count["max"] else f"{count['min']} - {count['max']}"
                 passes += f", {facts['unconverged']} not converged" if facts["unconverged"] else ""
             else:
-                ratio = show_ratio(times["osora"].ratio(times[peer]))
+                ratio = f"{ratios[peer][0]:.3f}" if facts["once"] else show_ratio(ratios[peer])
+            seconds = show_seconds(times[peer])
+            seconds = seconds.partition(" (")[0] + ", once" if facts["once"] else seconds
             first = f"{line['what']}, {line['matrices']}" if peer == "osora" else ""
             errors = [f"{worst[key]:.1e}" for key in ("sigma", "residual", "angle_sine")]
-            rows.append([first, peer, show_seconds(times[peer]), ratio, *errors, passes])
+            rows.append([first, peer, seconds, ratio, *errors, passes])
         rows.append([None])
     columns = ("layers", "peer", "time (min-max)", "osora / this", "σ error", "residual", "sin angle", "passes")
     table(title, columns, rows)
@@ -252,7 +316,7 @@ def show(title: str, summaries: list[dict[str, Any]]) -> None:
 
 def run_dtype(dtype: str, options: argparse.Namespace) -> dict[str, Any]:
     """One dtype: load, check, time, show."""
-    model = models.load(options.model, dtype, options.device, options.layers)
+    model, known = models.load_known(options.model, dtype, options.device, options.layers, options.rank)
     config = OsoraConfig(r=options.rank, tol=options.tol, seed=options.seed)
     parts = list(batches(find_targets(model, config)))
     count = sum(map(len, parts))
@@ -263,10 +327,10 @@ def run_dtype(dtype: str, options: argparse.Namespace) -> dict[str, Any]:
         def tell() -> None:
             nonlocal done
             done += 1
-            status.update(f"{dtype}: {done} of {count} layers compared with float64")
+            status.update(f"{dtype}: {done} of {count} layers compared with the truth")
 
         for batch in parts:
-            group, found = check(batch, config, tell)
+            group, found = check(batch, config, known, options.device, tell, alone=bool(wrong))
             groups.append(group)
             wrong += found
         if wrong:
@@ -289,7 +353,8 @@ def run_dtype(dtype: str, options: argparse.Namespace) -> dict[str, Any]:
     show(
         f"Initialisation of {models.label(options.model)}, {dtype}, r = {options.rank}, tol {options.tol:g}", summaries
     )
-    return {"dtype": dtype, "checked_against_float64": count, "lines": summaries}
+    truth = "known" if known else "float64 SVD"
+    return {"dtype": dtype, "checked_against_float64": count, "truth": truth, "lines": summaries}
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -299,12 +364,18 @@ def main(argv: list[str] | None = None) -> int:
     )
     models.add_arguments(parser)
     parser.add_argument("--tol", type=float, default=1e-3, help="osora's tolerance on the residuals")
+    slow = "seconds; where `pissa` takes more it runs once (default: 5 for llama3-8b-layers, never for other models)"
+    parser.add_argument("--slow", type=float, help=slow)
     options = models.parse(parser, argv)
+    options.slow = SLOW.get(options.model) if options.slow is None else options.slow
+    if options.slow is not None and not 0 <= options.slow < math.inf:
+        parser.error(f"--slow must be seconds, 0 or more, got {options.slow}")
     before = torch.get_num_threads()
     torch.set_num_threads(options.threads)
     try:
         settings = {"model": models.label(options.model), "rank": options.rank, "tol": options.tol}
-        settings |= {key: getattr(options, key) for key in ("layers", "repetitions", "warm_up", "quick", "seed")}
+        asked = ("layers", "repetitions", "warm_up", "slow", "quick", "seed")
+        settings |= {key: getattr(options, key) for key in asked}
         run = Run("init", check_device(options.device), settings)
         run.finish({"results": [run_dtype(dtype, options) for dtype in options.dtype]}, options.output)
     except Refused as reason:
