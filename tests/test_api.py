@@ -36,7 +36,7 @@ def test_what_is_promised_is_there():
     assert PUBLIC == sorted(PUBLIC) and all(hasattr(osora, name) for name in osora.__all__)
     assert {
         "OsoraConfig", "adapter_parameters", "attach", "build_info", "detach", "disabled", "load_adapter", "merge",
-        "save_adapter", "summary", "truncated_svd", "unmerge",
+        "rank_for_energy", "save_adapter", "spectrum", "summary", "svd_plan", "truncated_svd", "unmerge",
     } <= set(PUBLIC)  # fmt: skip
     assert osora.__version__ == osora.build_info()["version"]
 
@@ -47,7 +47,9 @@ def test_keyword_only_where_a_position_would_be_a_riddle():
             n for n, p in inspect.signature(function).parameters.items() if p.kind is inspect.Parameter.KEYWORD_ONLY
         }
 
-    assert {"tol", "seed", "method"} <= keywords(osora.truncated_svd)
+    assert {"tol", "seed", "method", "max_memory"} <= keywords(osora.truncated_svd)
+    assert keywords(osora.spectrum) == keywords(osora.truncated_svd)
+    assert {"max_memory"} <= keywords(osora.attach) and {"max_memory"} <= keywords(osora.load_adapter)
     assert {"save_basis"} <= keywords(osora.save_adapter) and {"merged"} <= keywords(osora.detach)
 
 

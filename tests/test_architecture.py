@@ -17,7 +17,7 @@ LAYERS = [
     {"_C"},
     {"_load"},
     {"ops"},
-    {"factors", "config", "fingerprint"},
+    {"factors", "spectrum", "config", "fingerprint"},
     {"layers", "targets", "regularizer", "stream", "schedule"},
     {"patch", "summary", "checkpoint", "merge", "export", "distributed"},
     {"cli", "peft", "trainer"},

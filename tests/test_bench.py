@@ -18,6 +18,7 @@ import torch
 
 import osora
 from osora import patch
+from osora.targets import find_targets
 
 for package in ("peft", "rich", "transformers"):
     pytest.importorskip(package)
@@ -122,6 +123,437 @@ def test_init_refuses_a_wrong_answer(bench, tmp_path, capsys, monkeypatch, spoil
     assert re.search(rf"layers\.1\.mlp\.up_proj: .*{re.escape(complaint)}", shown.err)
     assert "osora / this" not in shown.out
     assert list(tmp_path.iterdir()) == []
+
+
+# -- init.py on the model whose truth is known -----------------------------------------------------------------------
+
+
+@pytest.fixture
+def small_llama(bench, monkeypatch):
+    """Llama-3-8B's layers at a 64th of their widths: 64x64, 16x64, 224x64 and 64x224."""
+    monkeypatch.setattr(bench("models"), "LLAMA_SCALE", 64)
+
+
+def llama(output, *more):
+    return ["--model", "llama3-8b-layers", "--rank", "8", "--threads", "1", "--output", str(output), *more]
+
+
+@pytest.mark.parametrize("dtype, sigma, sine", [("float32", 1e-6, 1e-4), ("bfloat16", 1e-12, 1e-9)])
+def test_the_known_model_is_what_it_says(bench, small_llama, dtype, sigma, sine):
+    models = bench("models")
+    model, truth = models.load_known("llama3-8b-layers", dtype, "cpu", None, 8)
+    targets = {target.name: target.module.weight for target in find_targets(model, osora.OsoraConfig(r=8))}
+    assert list(targets) == list(truth) and len(truth) == 14
+    for name, weight in targets.items():
+        assert weight.dtype == getattr(torch, dtype)
+        U, S, Vh = torch.linalg.svd(weight.double())
+        torch.testing.assert_close(truth[name].S, S[:8], rtol=sigma, atol=0)
+        for mine, true in ((truth[name].U, U), (truth[name].V, Vh.mT)):
+            assert mine.shape[1] == 8 and mine.untyped_storage().nbytes() == mine.numel() * 8
+            assert torch.linalg.matrix_norm(true[:, 8:].mT @ mine, ord=2) < sine
+    same_shape = [weight for weight in targets.values() if weight.shape == (64, 64)]
+    assert len(same_shape) == 4
+    assert not any(torch.equal(a, b) for i, a in enumerate(same_shape) for b in same_shape[:i])
+    # A model like any other, and the same one without its truth.
+    tokens = torch.arange(6)[None]
+    assert bool(model(tokens).logits.isfinite().all())
+    plain = models.load("llama3-8b-layers", dtype, "cpu")
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), plain.parameters(), strict=True))
+    assert len(models.load_known("llama3-8b-layers", dtype, "cpu", 1, 8)[1]) == 7
+
+
+def test_the_known_model_has_the_shapes_of_llama(bench, monkeypatch):
+    spectra, made = bench("spectra"), []
+
+    def make(kind, d, k, batch, rank, *_):
+        made.append((kind, d, k, batch, rank))
+        return spectra.Matrices(torch.zeros(1).expand(batch, d, k), [None], "")
+
+    monkeypatch.setattr(spectra, "make", make)
+    model, truth = bench("models").load_known("llama3-8b-layers", "float32", "cpu", None, 64)
+    query, key = ("query", 4096, 4096, 1, 64), ("query", 1024, 4096, 1, 64)
+    gate, down = ("gate", 14336, 4096, 1, 64), ("down", 4096, 14336, 1, 64)
+    assert made == 2 * [query, key, key, query, gate, gate, down]
+    shapes = {name: model.get_submodule(name).weight.shape for name in truth}
+    assert list(shapes.values()) == [(d, k) for _, d, k, _, _ in made]
+    assert [name for name, shape in shapes.items() if shape == (4096, 14336)] == [
+        "model.layers.0.mlp.down_proj",
+        "model.layers.1.mlp.down_proj",
+    ]
+
+
+def test_init_runs_a_slow_peer_once_and_needs_no_float64_svd(bench, tmp_path, capsys, monkeypatch, small_llama):
+    init, svd = bench("init"), torch.linalg.svd
+    runs = dict.fromkeys(init.PEERS, 0)
+    pissa, ours = init.PissaLayers.initialise, init.osora_initialise
+
+    def single(A, *args, **kwargs):
+        assert A.dtype == torch.float32
+        return svd(A, *args, **kwargs)
+
+    def counted(layers):
+        runs[layers.kind] += 1
+        return pissa(layers)
+
+    def counted_ours(*arguments):
+        runs["osora"] += 1
+        return ours(*arguments)
+
+    monkeypatch.setattr(torch.linalg, "svd", single)
+    monkeypatch.setattr(init.PissaLayers, "initialise", counted)
+    monkeypatch.setattr(init, "osora_initialise", counted_ours)
+    assert init.main(llama(tmp_path, "--slow", "0", "--repetitions", "3", "--warm-up", "1")) == 0
+    batches, again = 4, 1 + 1 + 3  # the check, the warm-up, the repetitions
+    assert runs == {"osora": batches * again, "pissa": batches, "pissa_niter_16": batches * again}
+    result = only_result(tmp_path)
+    assert result["settings"]["slow"] == 0 and result["settings"]["model"] == "llama3-8b-layers"
+    (part,) = result["results"]  # float32 alone
+    assert part["truth"] == "known" and part["checked_against_float64"] == 14
+    for line in part["lines"]:
+        peers = line["peers"]
+        assert {name: facts["once"] for name, facts in peers.items()} == {
+            "osora": False,
+            "pissa": True,
+            "pissa_niter_16": False,
+        }
+        assert {name: len(facts["seconds"]["all"]) for name, facts in peers.items()} == {
+            "osora": 3,
+            "pissa": 1,
+            "pissa_niter_16": 3,
+        }
+        alone = peers["pissa"]["osora_seconds_beside"] / peers["pissa"]["seconds"]["median"]
+        assert peers["pissa"]["osora_over_this"] == pytest.approx({"median": alone, "min": alone, "max": alone})
+        for name in ("osora", "pissa"):  # both are exact, and so is what was known
+            assert peers[name]["largest_error"]["sigma"] < 1e-5
+            assert peers[name]["largest_error"]["angle_sine"] < 1e-2
+    total = part["lines"][-1]["peers"]["pissa"]["seconds"]["median"]
+    assert total == pytest.approx(sum(line["peers"]["pissa"]["seconds"]["median"] for line in part["lines"][:-1]))
+    assert capsys.readouterr().out.count(", once") == 5
+
+
+def test_init_runs_nothing_once_unless_it_is_slow(bench, tmp_path, capsys, small_llama):
+    assert bench("init").main(llama(tmp_path / "known", "--repetitions", "1")) == 0
+    assert bench("init").main(quick(tmp_path / "tiny", "--dtype", "float32")) == 0
+    for folder, slow, truth in (("known", 5, "known"), ("tiny", None, "float64 SVD")):
+        result = only_result(tmp_path / folder)
+        assert result["settings"]["slow"] == slow and result["results"][0]["truth"] == truth
+        for line in result["results"][0]["lines"]:
+            assert not any(facts["once"] for facts in line["peers"].values())
+    assert "once" not in capsys.readouterr().out
+
+
+def test_a_sum_with_a_peer_that_ran_once_is_of_first_runs(bench):
+    init, Timing = bench("init"), bench("measure").Timing
+    errors = {peer: init.Errors() for peer in init.PEERS}
+    groups, times = [], []
+    for pissa, shape in ((9.0, (8, 8)), (1.0, (4, 8))):
+        first = dict(zip(init.PEERS, (Timing((2.0,)), Timing((pissa,)), Timing((3.0,))), strict=True))
+        groups.append(init.Group([], shape, errors, [4], 0, first))
+        usual = dict(zip(init.PEERS, (Timing((1.0, 1.5)), Timing((0.5, 0.5)), Timing((2.0, 2.0))), strict=True))
+        times.append({peer: t for peer, t in usual.items() if peer not in groups[-1].once(5.0)})
+    assert [len(t) for t in times] == [2, 3] and groups[0].once(None) == set()
+    peers = init.summarise("all", groups, times)["peers"]
+    assert peers["osora"]["seconds"]["all"] == [2.0, 3.0]
+    assert peers["pissa"]["seconds"]["all"] == [10.0] and peers["pissa"]["once"]
+    assert peers["pissa"]["osora_over_this"]["median"] == 0.4 and peers["pissa"]["osora_seconds_beside"] == 4.0
+    assert peers["pissa_niter_16"]["seconds"]["all"] == [4.0, 4.0]
+    assert peers["pissa_niter_16"]["osora_over_this"] == {"median": 0.625, "min": 0.5, "max": 0.75}
+    alone = init.summarise("4×8", groups[1:], times[1:])["peers"]["pissa"]
+    assert alone["seconds"]["all"] == [0.5, 0.5] and not alone["once"]
+
+
+def refused_by_known_truth(bench, tmp_path, capsys, monkeypatch):
+    init = bench("init")
+    monkeypatch.setattr(init, "interleaved", lambda *a, **k: pytest.fail("it was timed"))
+    assert init.main(llama(tmp_path, "--slow", "0")) == 1
+    shown = capsys.readouterr()
+    assert "osora / this" not in shown.out and list(tmp_path.iterdir()) == []
+    return shown.err
+
+
+@pytest.mark.parametrize(
+    "spoil, complaint",
+    [
+        (spoil_sigma, "singular value is off by 3.0e-05"),
+        (spoil_vectors, "orthonormal only to"),
+        (spoil_residuals, "is reported"),
+        (spoil_converged, "reported as converged to 0.001 with a residual of"),
+        (spoil_with_nan, "not finite"),
+    ],
+)
+def test_init_refuses_an_answer_that_is_not_the_known_one(
+    bench, tmp_path, capsys, monkeypatch, small_llama, spoil, complaint
+):
+    right, pissa, given = patch.decompose, bench("init").PissaLayers, []
+
+    def wrong(weights, rank, *, names, **options):
+        found = right(weights, rank, names=names, **options)
+        return [spoil(item) if item.name.endswith("0.self_attn.q_proj") else item for item in found]
+
+    class Watched(pissa):
+        def __init__(self, *arguments):
+            given.append(arguments)
+            super().__init__(*arguments)
+
+    monkeypatch.setattr(patch, "decompose", wrong)
+    monkeypatch.setattr(bench("init"), "PissaLayers", Watched)
+    shown = refused_by_known_truth(bench, tmp_path, capsys, monkeypatch)
+    assert re.search(rf"layers\.0\.self_attn\.q_proj: .*{re.escape(complaint)}", shown)
+    assert given == []  # nobody waits for full SVDs after that
+
+
+def test_init_refuses_where_what_was_known_is_wrong(bench, tmp_path, capsys, monkeypatch, small_llama):
+    models = bench("models")
+    right = models.load_known
+
+    def wrong(*arguments):
+        model, truth = right(*arguments)
+        name = "model.layers.1.mlp.down_proj"
+        truth[name] = dataclasses.replace(truth[name], S=truth[name].S * (1 + 2e-5))
+        return model, truth
+
+    monkeypatch.setattr(models, "load_known", wrong)
+    shown = refused_by_known_truth(bench, tmp_path, capsys, monkeypatch)
+    assert "model.layers.1.mlp.down_proj: a singular value is off by 2.0e-05" in shown
+
+
+@pytest.mark.parametrize("slow", ["-1", "nan", "inf"])
+def test_init_refuses_a_limit_that_is_none(bench, tmp_path, capsys, slow):
+    with pytest.raises(SystemExit) as stopped:
+        bench("init").main(quick(tmp_path, "--slow", slow))
+    assert stopped.value.code == 2 and "--slow must be seconds, 0 or more" in capsys.readouterr().err
+
+
+# -- svd.py ----------------------------------------------------------------------------------------------------------
+
+
+def svd_quick(output, *more):
+    return ["--preset", "quick", "--threads", "1", "--output", str(output), *more]
+
+
+ONE = ("--shapes", "96x64", "--batch", "1")
+
+
+def test_svd_checks_every_peer_and_then_compares(bench, tmp_path, capsys):
+    pytest.importorskip("matplotlib")
+    picture = tmp_path / "drawn" / "all.svg"
+    assert bench("svd").main(svd_quick(tmp_path / "json", "--plot", str(picture))) == 0
+    result = only_result(tmp_path / "json")
+    assert result["benchmark"] == "svd" and result["settings"]["preset"] == "quick"
+    assert str(Path.home()) not in json.dumps(result) and str(tmp_path) not in json.dumps(result)
+    assert min(result["gemm_gflops"][when] for when in ("before", "after")) > 0
+    assert [(case["d"], case["k"], case["batch"]) for case in result["results"]] == [
+        (96, 64, 1),
+        (96, 64, 2),
+        (64, 96, 1),
+        (64, 96, 2),
+    ]
+    for case in result["results"]:
+        peers = case["peers"]
+        assert set(peers) == {"osora-auto-1e-3", "svd", *bench("svd").LOWRANK, "sklearn", "scipy"}
+        for name in ("osora-auto-1e-3", "svd"):
+            assert peers[name]["largest_error"]["sigma"] < 1e-5 and peers[name]["largest_error"]["angle_sine"] < 1e-3
+        ours = peers["osora-auto-1e-3"]
+        assert ours["passes"] > 0 and ours["unconverged"] == 0 and ours["method"]
+        # Read rightly: more iterations are better, in every respect.
+        for error in ("sigma", "residual", "angle_sine"):
+            few, many = (peers[name]["largest_error"][error] for name in ("lowrank-1.5r-4", "lowrank-1.5r-16"))
+            assert many < few
+        assert peers["lowrank-16"]["over_reference"] == {"median": 1.0, "min": 1.0, "max": 1.0}
+        products = 2 * 96 * 64 * 4 * (2 * 16 + 2) * case["batch"]
+        assert peers["lowrank-16"]["gflop"] == pytest.approx(products / 1e9)
+    shown = capsys.readouterr().out
+    assert "31 stored points" in shown and "randomized_svd" in shown and "absent" not in shown
+    assert os.listdir(picture.parent) == ["all.svg"]
+    drawn = picture.read_text(encoding="utf-8")
+    # matplotlib draws glyphs, and leaves each text in a comment
+    assert drawn.count("svd_lowrank q=1.5r niter=16") == drawn.count("osora 1e-3") == 4
+    assert "gate, 2 of 64×96, r = 4" in drawn
+
+
+def test_svd_draws_labels_that_cover_nothing(bench, tmp_path):
+    pytest.importorskip("matplotlib")
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+    from matplotlib.text import Text
+
+    figure = Figure()
+    canvas = FigureCanvasAgg(figure)
+    axes = figure.subplots()
+    axes.set(xscale="log", yscale="log", xlim=(1e-3, 1), ylim=(1e-8, 1))
+    bench("svd").place_labels(figure, axes, [(0.02, 1e-4, f"number {i} of six", "red") for i in range(6)])
+    boxes = [Text.get_window_extent(label, canvas.get_renderer()) for label in axes.texts]
+    assert len(boxes) == 6
+    assert not any(a.overlaps(b) for i, a in enumerate(boxes) for b in boxes[:i])
+
+
+def test_svd_measures_memory_in_processes_of_their_own(bench, tmp_path):
+    more = ("--memory", "--peers", "--reference", "osora", "--shapes", "512x512", "--batch", "1")
+    assert bench("svd").main(svd_quick(tmp_path, *more)) == 0
+    (case,) = only_result(tmp_path)["results"]
+    (ours,) = case["peers"].values()
+    if ours["extra_memory_bytes"] is None:
+        pytest.skip("this system cannot reset the peak")
+    assert 0 <= ours["extra_memory_bytes"] < 2**28
+
+
+@pytest.mark.parametrize(
+    "spoil, complaint",
+    [
+        (lambda item: dataclasses.replace(item, S=item.S * (1 + 3e-4)), "singular value is off by 3.0e-04"),
+        (spoil_vectors, "orthonormal only to"),
+        (spoil_residuals, "is reported"),
+        (spoil_converged, "reported as converged to 0.001 with a residual of"),
+        (spoil_with_nan, "not finite"),
+    ],
+)
+def test_svd_refuses_a_wrong_answer(bench, tmp_path, capsys, monkeypatch, spoil, complaint):
+    svd = bench("svd")
+    right = svd.decompose
+    monkeypatch.setattr(svd, "decompose", lambda *a, **k: [spoil(item) for item in right(*a, **k)])
+    monkeypatch.setattr(svd, "time_rows", lambda *a, **k: pytest.fail("it was timed"))
+    assert svd.main(svd_quick(tmp_path, *ONE)) == 1
+    shown = capsys.readouterr()
+    assert re.search(rf"gate, 96×64, r = 4, osora 1e-3, matrix 0: .*{re.escape(complaint)}", shown.err)
+    assert "lowrank" not in shown.out and list(tmp_path.iterdir()) == []
+
+
+def test_svd_refuses_a_truth_that_lapack_does_not_confirm(bench, tmp_path, capsys, monkeypatch):
+    svd = bench("svd")
+    right = svd.full
+    monkeypatch.setattr(svd, "full", lambda *a: [(U, S * 1.001, V) for U, S, V in right(*a)])
+    assert svd.main(svd_quick(tmp_path, *ONE)) == 1
+    assert "torch.linalg.svd is off by 1.0e-03" in capsys.readouterr().err
+
+
+def test_svd_names_what_is_absent(bench, tmp_path, capsys, monkeypatch):
+    svd = bench("svd")
+    there = svd.installed
+    monkeypatch.setattr(svd, "installed", lambda module: module != "sklearn" and there(module))
+    peers = ("--peers", "sklearn", "lowrank-1.5r-4", "gesvdp", "--ranks", "60")
+    assert svd.main(svd_quick(tmp_path, *ONE, *peers)) == 0
+    (case,) = only_result(tmp_path)["results"]
+    expected = {
+        "sklearn": "not installed: scikit-learn",
+        "lowrank-1.5r-4": "needs 90 columns, there are 64",
+        "gesvdp": "needs --device cuda",
+    }
+    assert {name: facts["absent"] for name, facts in case["peers"].items() if "absent" in facts} == expected
+    shown = capsys.readouterr().out
+    assert all(reason in shown for reason in expected.values())
+
+
+def test_svd_names_a_method_that_cannot_run(bench, tmp_path, capsys):
+    more = ("--methods", "auto", "lanczos", "--peers", "--ranks", "32")
+    assert bench("svd").main(svd_quick(tmp_path, *ONE, *more)) == 0
+    (case,) = only_result(tmp_path)["results"]
+    assert 'method "lanczos" needs' in case["peers"]["osora-lanczos-1e-3"]["absent"]
+    assert "absent" not in case["peers"]["osora-auto-1e-3"]
+
+
+def test_svd_runs_slow_peers_once(bench):
+    svd = bench("svd")
+    count = dict.fromkeys(("osora-auto-1e-3", "lowrank-16", "svd", "lowrank-4"), 0)
+
+    def call(name):
+        count[name] += 1
+
+    rows = [svd.Row(name, name, call=lambda name=name: call(name), first=6.0) for name in count]
+    rows[3].first = 0.1
+    rows.append(svd.Row("scipy", "scipy", absent="not installed: scipy", call=lambda: pytest.fail("it is not there")))
+    svd.time_rows(rows, "lowrank-16", 4, 5.0, "cpu")
+    assert count == {"osora-auto-1e-3": 4, "lowrank-16": 4, "svd": 1, "lowrank-4": 4}
+    assert [len(row.seconds.seconds) for row in rows] == [4, 4, 1, 4, 0]
+    alone = rows[2].seconds.seconds[0] / rows[1].seconds.seconds[0]
+    assert svd.ratio(rows[2], rows[1]) == (alone,) * 3
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--peers", "nonsense"], "invalid choice: 'nonsense'"),
+        (["--reference", "nonsense"], "invalid choice: 'nonsense'"),
+        (["--shapes", "4096"], "a shape is written 4096x4096 (out_features x in_features), got '4096'"),
+        (["--shapes", "0x8"], "got '0x8'"),
+        (["--ranks", "65"], "a 96x64 matrix has ranks 1 .. 64, got 65"),
+        (["--ranks", "0"], "--ranks must be at least 1, got [0]"),
+        (["--repetitions", "0"], "--repetitions must be at least 1, got 0"),
+        (["--tols", "0"], "--tols must be positive, got [0.0]"),
+        (["--matrices", "real"], "have the shapes 1536x576, 576x1536, 576x576"),
+        (["--plot", "picture.gif"], "must end in .png or .svg, got picture.gif"),
+    ],
+)
+def test_svd_refuses_wrong_arguments(bench, tmp_path, capsys, arguments, message):
+    with pytest.raises(SystemExit) as stopped:
+        bench("svd").main(svd_quick(tmp_path, *arguments))
+    assert stopped.value.code == 2 and message in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_svd_presets(bench):
+    svd = bench("svd")
+    options, cases = svd.parse([])
+    assert options.tols == [1e-3, 1e-4] and options.repetitions == 5 and options.memory
+    assert {(case.d, case.k, case.rank) for case in cases} == {
+        *((d, 4096, rank) for d in (4096, 11008) for rank in (64, 128)),
+        (4096, 4096, 512),
+        (2048, 2048, 64),
+    }
+    options, cases = svd.parse(["--preset", "decide", "--batch", "1"])
+    assert options.peers == [] and options.reference == "osora" and {case.batch for case in cases} == {1}
+    _, cases = svd.parse(["--preset", "full"])
+    assert all(case.batch * case.d * case.k <= svd.CPU_BATCH or case.batch == 1 for case in cases)
+    assert {case.kind for case in cases} == {"gate", "down", "query", "real"}
+
+
+@pytest.mark.parametrize("kind", ["gate", "down", "query"])
+@pytest.mark.parametrize("d, k", [(96, 64), (64, 96), (97, 97)])
+@pytest.mark.parametrize("dtype, sigma, sine", [("float32", 1e-7, 1e-5), ("float64", 1e-13, 1e-12)])
+def test_known_triplets_are_those_of_the_matrix(bench, kind, d, k, dtype, sigma, sine):
+    spectra = bench("spectra")
+    made = spectra.make(kind, d, k, 2, 24, getattr(torch, dtype), "cpu", 0, spectra.Source("stored"))
+    assert made.weight.shape == (2, d, k) and not torch.equal(made.weight[0], made.weight[1])
+    for weight, known in zip(made.weight.double(), made.truth, strict=True):
+        U, S, Vh = torch.linalg.svd(weight)
+        torch.testing.assert_close(known.S, S[:24], rtol=sigma, atol=0)
+        assert known.next == pytest.approx(float(S[24]), rel=sigma)
+        assert known.gap == pytest.approx(float(1 - S[24] / S[23]), abs=4 * sigma)
+        for mine, true in ((known.U, U), (known.V, Vh.mT)):
+            torch.testing.assert_close(mine.mT @ mine, torch.eye(24, dtype=torch.float64), rtol=0, atol=1e-13)
+            assert torch.linalg.matrix_norm(true[:, 24:].mT @ mine, ord=2) < sine
+        torch.testing.assert_close(
+            (known.U * known.S).mT @ weight @ known.V, known.S.square().diag(), rtol=1e-6, atol=1e-4
+        )
+
+
+def test_the_truth_of_16_bit_matrices_is_that_of_what_was_rounded(bench, monkeypatch):
+    spectra = bench("spectra")
+    source = spectra.Source("stored")
+    for columns in (2048, 32):  # by LAPACK's SVD, and by the Gram matrix
+        monkeypatch.setattr(spectra, "LAPACK_UP_TO", columns)
+        for d, k in ((96, 64), (64, 96)):
+            made = spectra.make("query", d, k, 1, 16, torch.bfloat16, "cpu", 0, source)
+            assert made.weight.dtype == torch.bfloat16
+            assert spectra.residual(made.weight[0], made.truth[0]) < 1e-11
+
+
+def test_a_truth_that_does_not_hold_is_refused(bench, monkeypatch):
+    spectra = bench("spectra")
+    monkeypatch.setattr(spectra, "rotate", lambda columns, signs: columns * 1.001)
+    with pytest.raises(bench("measure").Refused, match="known triplets of gate 96x64 fit only to"):
+        spectra.make("gate", 96, 64, 1, 8, torch.float32, "cpu", 0, spectra.Source("stored"))
+
+
+def test_stretched_spectra_keep_their_shape(bench):
+    spectra = bench("spectra")
+    places, values, _ = spectra.Source("stored").spectrum("gate")
+    assert len(places) == len(values) == len(spectra.NODES) and bool((values.diff() < 0).all())
+    generator = torch.Generator().manual_seed(0)
+    same = spectra.stretch(places, values, spectra.POINTS, generator)
+    torch.testing.assert_close(same[list(spectra.NODES)], values, rtol=3e-3, atol=0)
+    wide = spectra.stretch(places, values, 8 * spectra.POINTS, generator)
+    assert len(wide) == 8 * spectra.POINTS and bool((wide.diff() <= 0).all())
+    torch.testing.assert_close(wide[8 * 100 + 4], values[spectra.NODES.index(100)], rtol=3e-3, atol=0)
 
 
 # -- step.py ---------------------------------------------------------------------------------------------------------
@@ -254,14 +686,14 @@ def gpu_check(python, output, *more):
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="for machines without a GPU")
 def test_gpu_check_without_a_gpu_says_so(tmp_path):
-    stages = "machine,tests,sanitizer,rates,init,step"  # the build takes minutes
+    stages = "machine,tests,sanitizer,rates,init,step,svd"  # the build takes minutes
     done, report = gpu_check(sys.executable, tmp_path / "report.json", "--stages", stages)
     assert done.returncode == 3, done.stderr
     assert report["gpu"] is None and report["failed"] == [] and report["passed"] == ["machine"]
     reasons = {record["stage"]: record["skipped"] for record in report["stages"]}
-    assert list(reasons) == ["machine", "build", "tests", "sanitizer", "rates", "init", "step"]
+    assert list(reasons) == ["machine", "build", "tests", "sanitizer", "rates", "init", "step", "svd"]
     assert reasons["build"] == "not chosen"
-    assert all("no GPU" in reasons[name] for name in ("tests", "rates", "init", "step"))
+    assert all("no GPU" in reasons[name] for name in ("tests", "rates", "init", "step", "svd"))
     assert not any("measured" in record or "results" in record for record in report["stages"])
     assert "none, so nothing here says anything about one" in done.stdout
     assert os.listdir(tmp_path) == ["report.json"]
@@ -283,12 +715,12 @@ def test_gpu_check_runs_every_stage_whatever_fails(tmp_path):
     assert done.returncode == 1
     codes = {record["stage"]: record["rc"] for record in report["stages"]}
     assert codes.pop("sanitizer") in (7, None)  # None: there is no compute-sanitizer here
-    assert codes == {"machine": 0, "build": 7, "tests": 7, "rates": 1, "init": 1, "step": 1}
+    assert codes == {"machine": 0, "build": 7, "tests": 7, "rates": 1, "init": 1, "step": 1, "svd": 1}
     tails = {record["stage"]: record["tail"] for record in report["stages"]}
     assert "made to fail" in tails["build"] and "made to fail" in tails["tests"]
     # The lie about the GPU gives no figure: whoever measures looks for itself.
     assert report["gpu"] is None
-    assert all("nothing was measured" in tails[name] for name in ("rates", "init", "step"))
+    assert all("nothing was measured" in tails[name] for name in ("rates", "init", "step", "svd"))
     assert not any("measured" in record or "results" in record for record in report["stages"])
     assert str(BENCH.parent) not in json.dumps(report)
 

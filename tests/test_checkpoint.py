@@ -99,6 +99,67 @@ def test_a_new_adapter_replaces_an_old_one(saved):
     assert sorted(os.listdir(saved)) == FILES
 
 
+@both
+def test_ranks_by_energy(save_basis, tmp_path):
+    """The ranks in the file count; and a basis computed again is the leading part of the same run, bit for bit."""
+    model, ids = adapted(r=16, rank_for_energy=0.6, rank_pattern={"q_proj": 9}), token_ids()
+    ranks = {name: layer.rank for name, layer in adapted_layers(model).items()}
+    assert len(set(ranks.values())) > 2 and max(ranks.values()) < 16
+    save_adapter(model, tmp_path, save_basis=save_basis)
+    config = json.loads((tmp_path / FILES[0]).read_text())
+    assert config["config"]["rank_for_energy"] == 0.6 and config["config"]["r"] == 16
+    assert {module["name"]: module["rank"] for module in config["modules"]} == ranks
+    assert load_file(tmp_path / FILES[1])["singular_values"].numel() == sum(ranks.values())
+    other = load_adapter(tiny_llama(), tmp_path)
+    assert {name: layer.rank for name, layer in adapted_layers(other).items()} == ranks
+    for name, value in state(model).items():
+        assert torch.equal(state(other)[name], value), name
+    assert torch.equal(logits(other, ids), logits(model, ids))
+    modules = [(m.name, m.rank, m.max_residual) for m in osora.summary(model).modules]
+    assert modules == [(m.name, m.rank, m.max_residual) for m in osora.summary(other).modules]
+    save_adapter(other, tmp_path / "again", save_basis=save_basis)
+    for file in FILES:
+        assert (tmp_path / file).read_bytes() == (tmp_path / "again" / file).read_bytes()
+
+
+@both
+def test_the_stored_rank_counts_whatever_the_energy_says_now(save_basis, tmp_path):
+    """Of another machine, whose last digit chose another rank; or of a hand that changed r."""
+    model, ids = adapted(r=16, rank_for_energy=0.6), token_ids()
+    save_adapter(model, tmp_path, save_basis=save_basis)
+    for change in ({"rank_for_energy": 0.2}, {"rank_for_energy": 1.0}, {"r": 3}, {"r": 10**9}):
+        edit(tmp_path, lambda config, change=change: config["config"].update(change))
+        other = load_adapter(tiny_llama(), tmp_path)
+        torch.testing.assert_close(logits(other, ids), logits(model, ids), rtol=1e-4, atol=1e-4)
+        assert [m.rank for m in osora.summary(other).modules] == [m.rank for m in osora.summary(model).modules]
+
+
+@both
+def test_an_adapter_from_before_rank_for_energy_loads(save_basis, tmp_path):
+    model = adapted()
+    save_adapter(model, tmp_path, save_basis=save_basis)
+    edit(tmp_path, lambda config: config["config"].pop("rank_for_energy"))
+    other = load_adapter(tiny_llama(), tmp_path)
+    assert all(torch.equal(state(other)[name], value) for name, value in state(model).items())
+
+
+def test_max_memory_of_loading(tmp_path):
+    """It is about computing a basis again: a stored one needs none, but a wrong value is wrong all the same."""
+    model = adapted()
+    save_adapter(model, tmp_path / "whole")
+    save_adapter(model, tmp_path / "small", save_basis=False)
+    load_adapter(tiny_llama(), tmp_path / "whole", max_memory=1)
+    load_adapter(tiny_llama(), tmp_path / "small", max_memory=2**40)
+    for folder, bad, words in (
+        ("small", 1, r"q_proj\.weight \[32, 32\] takes .*max_memory is 1"),
+        ("whole", 0, "1 .. "),
+    ):
+        other = tiny_llama()
+        with pytest.raises(ValueError, match=words):
+            load_adapter(other, tmp_path / folder, max_memory=bad)
+        assert not adapted_layers(other)
+
+
 class Shared(nn.Module):
     def __init__(self) -> None:
         super().__init__()

@@ -26,6 +26,14 @@ WRONG = [
     ({"tol": -1e-3}, ValueError, "tol must be positive"),
     ({"tol": math.inf}, TypeError, "tol must be a finite number"),
     ({"tol": None}, TypeError, "tol must be a finite number"),
+    ({"rank_for_energy": 0}, ValueError, "rank_for_energy must be in 0 < p <= 1, got 0.0"),
+    ({"rank_for_energy": -0.5}, ValueError, "rank_for_energy must be in"),
+    ({"rank_for_energy": 1.01}, ValueError, "rank_for_energy must be in 0 < p <= 1, got 1.01"),
+    ({"rank_for_energy": 90}, ValueError, "rank_for_energy must be in"),
+    ({"rank_for_energy": math.nan}, TypeError, "rank_for_energy must be a finite number"),
+    ({"rank_for_energy": math.inf}, TypeError, "rank_for_energy must be a finite number"),
+    ({"rank_for_energy": True}, TypeError, "rank_for_energy must be a finite number, got True"),
+    ({"rank_for_energy": "0.9"}, TypeError, "rank_for_energy must be a finite number"),
     ({"target_modules": []}, TypeError, "target_modules must be a regular expression or a non-empty list"),
     ({"target_modules": None}, TypeError, "target_modules must be"),
     ({"target_modules": [1]}, TypeError, "target_modules must be"),
@@ -70,6 +78,7 @@ EVERY_FIELD = OsoraConfig(
     seed=2**62 + 1,
     rank_pattern={"q_proj": 3, r"layers\.\d+\.v_proj": 5},
     layers_to_transform=[2, 0],
+    rank_for_energy=0.9,
 )
 
 
@@ -81,6 +90,14 @@ def test_to_json_and_back(config):
     assert OsoraConfig.from_dict(values) == config
     assert OsoraConfig.from_dict(values).to_dict() == config.to_dict()
     assert pickle.loads(pickle.dumps(config)) == config
+
+
+def test_rank_for_energy_in_json():
+    """All of it is a share too; and a config from before there was the field has none."""
+    assert OsoraConfig(rank_for_energy=1).to_dict()["rank_for_energy"] == 1.0
+    old = OsoraConfig(r=3).to_dict()
+    assert old.pop("rank_for_energy") is None
+    assert OsoraConfig.from_dict(old) == OsoraConfig(r=3)
 
 
 def test_an_unknown_field_is_refused():

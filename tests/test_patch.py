@@ -4,6 +4,8 @@
 import copy
 import logging
 import pickle
+import re
+import types
 
 import pytest
 import torch
@@ -12,6 +14,7 @@ from torch import Tensor, nn
 
 import osora
 from osora import OsoraConfig, attach, detach
+from osora.factors import decompose
 from osora.patch import adapted_layers
 
 LLAMA_LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -101,6 +104,100 @@ def test_rank_pattern_and_clipping(caplog):
 def test_a_rank_pattern_without_a_match_is_refused():
     with pytest.raises(ValueError, match="rank_pattern 'q_prj' matches no target"):
         attached(tiny_llama(), rank_pattern={"q_prj": 3})
+
+
+# -- ranks that the weights ask for ----------------------------------------------------------------------------------
+
+DECAYS = {"steep": 2.0, "mild": 1.0, "flat": 0.1}
+
+
+class Decays(nn.Module):
+    """Layers whose singular values fall at different speeds, so that one share of energy needs different ranks."""
+
+    def __init__(self, dtype: torch.dtype = torch.float32) -> None:
+        super().__init__()
+        torch.manual_seed(2)
+        for name, decay in DECAYS.items():
+            left, right = (torch.linalg.qr(torch.randn(n, 20, dtype=torch.float64))[0] for n in (24, 20))
+            layer = nn.Linear(20, 24, dtype=dtype)
+            layer.weight.data.copy_(left * torch.arange(1, 21) ** -decay @ right.T)
+            setattr(self, name, layer)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.steep(x) + self.mild(x) + self.flat(x)
+
+
+def least_rank(weight: Tensor, fraction: float) -> int:
+    squares = torch.linalg.svdvals(weight.detach().double()).square()
+    return int((squares.cumsum(0) / squares.sum() < fraction).sum()) + 1
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("fraction", [0.3, 0.8, 0.95])
+def test_rank_for_energy_gives_each_layer_the_rank_it_needs(fraction, dtype):
+    model, whole, x = Decays(dtype), attached(Decays(dtype), r=20), torch.randn(3, 20, dtype=dtype)
+    wish, y = {name: least_rank(model.get_submodule(name).weight, fraction) for name in DECAYS}, model(x)
+    attached(model, r=20, rank_for_energy=fraction)
+    assert {name: layer.rank for name, layer in adapted_layers(model).items()} == wish
+    assert len(set(wish.values())) > 1 and torch.equal(model(x), y)
+    for name, layer in adapted_layers(model).items():  # the leading part of one decomposition, to the last bit
+        full = adapted_layers(whole)[name]
+        for part in ("U", "V"):
+            assert torch.equal(getattr(layer, part), getattr(full, part)[:, : layer.rank])
+        assert torch.equal(layer.S0, full.S0[: layer.rank])
+        assert layer.S0.untyped_storage().nbytes() == 4 * layer.rank, "the file would hold what was dropped"
+        assert layer.s.shape == (layer.rank,)
+        residuals = decompose([layer.weight], 20, names=[name])[0].residuals
+        assert layer.max_residual == residuals[: layer.rank].max() and full.max_residual == residuals.max()
+    assert any(
+        layer.max_residual < adapted_layers(whole)[name].max_residual for name, layer in adapted_layers(model).items()
+    )
+    summary = osora.summary(model)
+    assert {module.name: module.rank for module in summary.modules} == wish
+    assert not any(module.note for module in summary.modules)
+    assert summary.trainable == sum(24 + rank for rank in wish.values())
+    assert f" {min(wish.values())}-{max(wish.values())} " in str(summary)
+
+
+def test_rank_for_energy_where_r_is_too_small(caplog):
+    model = Decays()
+    with caplog.at_level(logging.INFO, "osora"):
+        attached(model, r=6, rank_for_energy=0.9, rank_pattern={"mild": 4})
+    notes = {module.name: module.note for module in osora.summary(model).modules}
+    ranks = {module.name: module.rank for module in osora.summary(model).modules}
+    assert ranks == {"steep": 1, "mild": 4, "flat": 6} and not notes["steep"]
+    for name in ("mild", "flat"):
+        squares = torch.linalg.svdvals(model.get_submodule(name).weight.detach().double()).square()
+        held = float(squares[: ranks[name]].sum() / squares.sum())
+        match = re.fullmatch(
+            rf"rank {ranks[name]} holds (\S+) of the energy, rank_for_energy=0.9 asks for more", notes[name]
+        )
+        assert match and 0 <= held - float(match[1]) < 2e-4 and float(match[1]) < 0.9
+        assert f"{name}: {notes[name]}" in str(osora.summary(model)) and notes[name] in caplog.text
+
+
+def test_a_share_that_is_just_missed_is_not_shown_as_reached():
+    model = nn.Sequential(nn.Linear(3, 3, bias=False))
+    model[0].weight.data = torch.tensor([3.0, 1.0002, 0.0]).diag()
+    (module,) = osora.summary(attached(model, r=1, rank_for_energy=0.9)).modules
+    assert "holds 0.8999 of the energy, rank_for_energy=0.9 asks for more" in module.note
+
+
+def test_rank_for_energy_beside_a_clipped_rank_and_a_zero_weight():
+    model = nn.Sequential(nn.Linear(8, 6), nn.Linear(6, 4))
+    model[1].weight.data.zero_()
+    attached(model, r=99, rank_for_energy=1.0)
+    modules = {module.name: module for module in osora.summary(model).modules}
+    assert modules["0"].rank == 6 and modules["0"].note == "rank 99 clipped to 6"
+    assert modules["1"].rank == 1 and modules["1"].note == "rank 99 clipped to 4"
+    assert modules["0"].converged and modules["1"].converged
+
+
+def test_many_notes_do_not_drown_the_table():
+    model = attached(tiny_llama(), r=1, rank_for_energy=0.99)
+    assert sum(bool(module.note) for module in osora.summary(model).modules) == 14
+    table = str(osora.summary(model))
+    assert table.count("asks for more") == 8 and table.endswith("and 6 more notes: see modules")
 
 
 @pytest.mark.parametrize("target", [["embed_tokens"], ["norm"], ["self_attn"]])
@@ -399,6 +496,39 @@ def test_a_bad_last_weight_leaves_the_model_untouched(bad):
     with pytest.raises(ValueError, match=r"model\.layers\.1\.mlp\.down_proj\.weight has NaN or infinite"):
         attached(model)
     assert Shape(model) == before
+
+
+def test_max_memory_refuses_by_name_before_any_work(monkeypatch):
+    model = tiny_llama()
+    needs = {tuple(shape): osora.svd_plan(shape, 4).bytes for shape in ((32, 32), (16, 32), (56, 32), (32, 56))}
+    largest = max(needs.values())
+    limited = attach(model, OsoraConfig(r=4), max_memory=largest)
+    for a, b in zip(adapted_layers(limited).values(), adapted_layers(attached(tiny_llama())).values(), strict=True):
+        assert torch.equal(a.U, b.U) and torch.equal(a.V, b.V) and torch.equal(a.S0, b.S0)
+    model = tiny_llama()
+    before = Shape(model)
+    monkeypatch.setattr("osora.patch.decompose", None)
+    words = rf"gate_proj\.weight \[56, 32\] takes {largest} bytes .* rank 4, and max_memory is {largest - 1}: allow"
+    with pytest.raises(ValueError, match=words):
+        attach(model, OsoraConfig(r=4), max_memory=largest - 1)
+    for bad, error in ((0, ValueError), (-1, ValueError), (2**63, ValueError), (1e9, TypeError), (True, TypeError)):
+        with pytest.raises(error, match="max_memory must be"):
+            attach(model, OsoraConfig(r=4), max_memory=bad)
+    assert Shape(model) == before
+
+
+def test_max_memory_reaches_the_operator(monkeypatch):
+    seen, ops = [], torch.ops.osora
+
+    def recorded(*arguments):
+        seen.append(arguments)
+        return ops.truncated_svd(*arguments)
+
+    stub = types.SimpleNamespace(truncated_svd=recorded, svd_plan=ops.svd_plan)
+    monkeypatch.setattr("osora.factors._ops", stub)
+    attach(tiny_llama(), OsoraConfig(r=4), max_memory=123456789)
+    attach(tiny_llama(), OsoraConfig(r=4))
+    assert {arguments[-1] for arguments in seen} == {123456789, 0}
 
 
 def test_no_convergence_leaves_the_model_untouched():

@@ -2,6 +2,7 @@
 """The truncated SVD against float64 references: right answers, true certificates, same bits, clear errors."""
 
 import math
+import os
 import subprocess
 import sys
 import warnings
@@ -10,9 +11,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from osora import factors, reference
-from osora.factors import ConvergenceError, decompose, truncated_svd
+from osora.factors import ConvergenceError, decompose, svd_plan, truncated_svd
 
 EPSILON = {torch.float32: 2.0**-23, torch.float64: 2.0**-52}
 
@@ -528,7 +530,8 @@ def test_leading_dimensions(batch):
     assert found.U.shape == (*batch, 30, 4) and found.S.shape == (*batch, 4) and found.V.shape == (*batch, 20, 4)
     assert found.residuals.shape == (*batch, 4) and found.converged.shape == batch and found.passes.shape == batch
     assert found.U.dtype == found.S.dtype == found.V.dtype == torch.float32
-    assert found.residuals.dtype == torch.float64
+    assert found.columns.shape == found.norm.shape == batch and found.columns.dtype == torch.int64
+    assert found.residuals.dtype == found.norm.dtype == torch.float64
     assert found.converged.dtype == torch.bool and found.passes.dtype == torch.int64
     exact = torch.linalg.svdvals(weight.double())[..., :4]
     assert torch.allclose(found.S.double(), exact, rtol=1e-5)
@@ -622,10 +625,93 @@ def test_a_bad_seed_is_refused(seed):
 
 
 def test_a_bad_method_is_refused_with_the_choices():
-    with pytest.raises(ValueError, match="auto, lanczos, gram, full"):
-        truncated_svd(torch.ones(5, 4), 2, method="gesvd")
+    choices = "auto, lanczos, gram, full, lowrank, gesvd, gesvdj, gesvdp, gesvda, gesvdr"
+    assert choices.split(", ") == list(factors.METHODS)
+    for wrong in ("svd", "Lanczos", "", None):
+        with pytest.raises(ValueError, match=f"method must be one of {choices}, got {wrong!r}"):
+            truncated_svd(torch.ones(5, 4), 2, method=wrong)
     with pytest.raises(ValueError, match=r'method "lanczos" needs .* >= 80 at rank 16, got 60'):
         truncated_svd(torch.ones(70, 60), 16, method="lanczos")
+
+
+@pytest.mark.parametrize("driver", ["gesvd", "gesvdj", "gesvdp", "gesvda", "gesvdr"])
+def test_a_driver_of_cusolver_needs_a_cuda_tensor(driver):
+    words = f'method "{driver}" is a driver of cuSOLVER and needs a CUDA tensor .* "full" is LAPACK\'s gesdd'
+    with pytest.raises(ValueError, match=words):
+        truncated_svd(torch.ones(5, 4), 2, method=driver)
+    with pytest.raises(ValueError, match=words):
+        svd_plan((5, 4), 2, method=driver)
+    assert svd_plan((5, 4), 2, device="cuda", method=driver).method == driver
+
+
+@pytest.mark.parametrize(
+    "wrong, error",
+    [(0, ValueError), (-5, ValueError), (2**63, ValueError), (True, TypeError), (1e6, TypeError), ("1", TypeError)],
+)
+def test_a_bad_max_memory_is_refused(wrong, error):
+    for call in (lambda **options: decompose([], 2, names=[], **options), lambda **options: truncated_svd(
+        torch.ones(5, 4), 2, **options
+    )):  # fmt: skip
+        with pytest.raises(error, match=r"max_memory must be .*, got"):
+            call(max_memory=wrong)
+
+
+@pytest.mark.parametrize("method", ["lanczos", "gram", "full", "lowrank"])
+def test_max_memory_is_what_one_matrix_takes(method, threads):
+    """As many matrices at once as fit; one must. What is computed does not depend on it."""
+    threads(2)
+    batch = randn(4, 120, 100, dtype=torch.float32)
+    size = svd_plan((120, 100), 4, method=method).bytes
+    options = dict(method=method, tol=0.5, unconverged="warn")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)
+        free = truncated_svd(batch, 4, **options)
+        for limit in (size, 2 * size, 2**62):
+            assert same(free, truncated_svd(batch, 4, max_memory=limit, **options))
+    words = rf'a matrix \[120, 100\] takes {size} bytes by method "{method}", and max_memory is {size - 1}'
+    with pytest.raises(ValueError, match=words):
+        truncated_svd(batch, 4, max_memory=size - 1, **options)
+
+
+class Recorder(TorchDispatchMode):
+    """Names of the operators that Python code calls."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = set()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.names.add(function._schema.name)
+        return function(*args, **(kwargs or {}))
+
+
+def test_good_weights_are_read_by_the_operator_alone():
+    """A look for NaN in Python is one more pass over every weight of a model."""
+    weight = randn(3, 40, 30, dtype=torch.bfloat16)
+    with Recorder() as seen:
+        truncated_svd(weight, 4)
+    seen.names -= {"osora::truncated_svd", *(f"aten::{name}" for name in (
+        "alias", "detach", "view", "unbind", "select", "stack", "cat", "_to_copy", "lift_fresh", "empty", "reshape",
+        "_unsafe_view", "unsqueeze", "expand", "clone",
+    ))}  # fmt: skip
+    assert not seen.names
+
+
+def test_an_error_about_anything_else_is_passed_on(monkeypatch):
+    """NaN is not blamed for what the operator refuses for another reason."""
+    with pytest.raises(ValueError, match=r"needs .* >= 80") as caught:
+        truncated_svd(spoiled(math.nan).repeat(14, 15), 16, method="lanczos", name="layer")
+    assert "NaN" not in str(caught.value)
+
+
+def test_labels_are_for_messages_and_names_for_the_stream():
+    weight = randn(200, 160, dtype=torch.float32)
+    plain, labelled = (decompose([weight], 8, names=["a"], labels=labels)[0] for labels in (None, ["a.weight"]))
+    assert torch.equal(plain.U, labelled.U) and labelled.name == "a"
+    with pytest.raises(ValueError, match=r"^b\.weight has NaN or infinite entries: check the checkpoint"):
+        decompose([torch.ones(5, 4), spoiled(math.inf)], 2, names=["a", "b"], labels=["a.weight", "b.weight"])
+    with pytest.raises(ValueError, match=r"shorter|longer"):
+        decompose([weight], 8, names=["a"], labels=[])
 
 
 def test_decompose_wants_matrices_of_one_shape():
@@ -708,6 +794,129 @@ def test_an_error_in_a_worker_thread_reaches_the_caller():
 def test_the_plan_is_a_function_of_shape_and_rank(d, k, r, dtype, method):
     found = quietly(with_spectrum(d, k, powers(min(d, k), -0.4)).to(dtype), r)
     assert found.converged and found.method == method
+
+
+@pytest.mark.parametrize("method", ["auto", "lanczos", "gram", "full", "lowrank"])
+@pytest.mark.parametrize("d, k, r", [(576, 576, 64), (150, 400, 16), (300, 300, 4)])
+def test_the_plan_in_advance_is_what_was_done(d, k, r, method):
+    plan = svd_plan((d, k), r, method=method)
+    found = quietly(with_spectrum(d, k, powers(min(d, k), -0.4)).float(), r, method=method)
+    assert plan.method == found.method and plan.bytes > 0
+    if plan.method == "lanczos":
+        assert plan.basis == lanczos_basis(r) and r < plan.keep < plan.basis
+        assert found.passes < found.columns <= found.passes * max(plan.block, r), "a pass is a block, or the answer"
+    else:
+        assert (plan.block, plan.keep, plan.basis) == (0, 0, 0)
+    if plan.method == "lowrank":  # 16 iterations of two products with r columns and, at least, a start and an end
+        assert found.passes >= 34 and found.columns >= 34 * r
+
+
+def test_the_plan_knows_the_dtype_the_device_and_the_threads(threads):
+    sizes = {dtype: svd_plan((600, 500), 16, dtype, method="lanczos").bytes for dtype in factors._FLOATS}
+    assert sizes[torch.float32] == sizes[torch.bfloat16] == sizes[torch.float16] < sizes[torch.float64]
+    on_card = [svd_plan((600, 500), 16, dtype, "cuda:1").bytes for dtype in (torch.bfloat16, torch.float32)]
+    assert on_card[1] - on_card[0] == 2 * 600 * 500, "a copy of the weight, in its own dtype"
+    assert svd_plan((600, 500), 16, device=torch.device("cuda", 1)) == svd_plan((600, 500), 16, device="cuda")
+    few = svd_plan(torch.Size([2048, 2048]), 16)
+    threads(torch.get_num_threads() + 1)
+    assert svd_plan((2048, 2048), 16).bytes > few.bytes, "sums per group of panels"
+    assert svd_plan((500, 600), 16) == svd_plan((500, 600), 16), "and nothing else"
+
+
+@pytest.mark.parametrize(
+    "arguments, error, words",
+    [
+        (((5,), 1), ValueError, r"shape must be \[out_features, in_features\], two positive ints, got \(5,\)"),
+        (((2, 5, 4), 1), ValueError, "shape must be"),
+        (((5, 0), 1), ValueError, "shape must be"),
+        (((5, -4), 1), ValueError, "shape must be"),
+        (((5, 4.0), 1), ValueError, "shape must be"),
+        (((True, 4), 1), ValueError, "shape must be"),
+        (((5, 4), 5), ValueError, r"rank must be in 1 \.\. min\(out_features, in_features\) = 4"),
+        (((5, 4), 0), ValueError, "rank must be"),
+        (((5, 4), 2.0), TypeError, "rank must be an int"),
+        (((5, 4), 2, torch.int8), TypeError, "a weight must be float64, float32, bfloat16 or float16, got torch.int8"),
+        (((5, 4), 2, torch.float32, "cpu", "svd"), ValueError, "method must be one of auto, lanczos"),
+        (((70, 60), 16, torch.float32, "cpu", "lanczos"), ValueError, r"needs .* >= 80 at rank 16, got 60"),
+        (((5, 4), 2, torch.float32, "nowhere"), RuntimeError, "nowhere"),
+    ],
+)
+def test_a_plan_for_what_cannot_be_is_refused(arguments, error, words):
+    with pytest.raises(error, match=words):
+        svd_plan(*arguments)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("method", ["lanczos", "gram", "full", "lowrank"])
+def test_columns_and_norm(method, dtype):
+    weight = randn(2, 200, 150, dtype=dtype) * torch.tensor([1.0, 100.0], dtype=dtype)[:, None, None]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)  # "lowrank" may miss the tolerance
+        found = truncated_svd(weight, 8, method=method)
+    assert torch.allclose(found.norm, torch.linalg.matrix_norm(weight.double()), rtol=1e-12, atol=0)
+    assert found.norm.dtype == torch.float64 and found.columns.dtype == torch.int64
+    assert (found.columns >= found.passes).all() and (found.passes > 0).all()
+
+
+def test_subspace_iteration_is_judged_like_the_rest():
+    """As torch.svd_lowrank it stops after a fixed number of passes; here the result says how far it came."""
+    easy, hard = (with_spectrum(300, 200, powers(200, exponent)).float() for exponent in (-2.0, -0.05))
+    found = quietly(easy, 8, method="lowrank")
+    check(easy, found)
+    assert found.method == "lowrank"
+    found = quietly(hard, 8, method="lowrank")
+    check(hard, found)
+    assert not found.converged and found.max_residual > 1e-3
+    assert found.passes == quietly(easy, 8, method="lowrank").passes, "one attempt, no repeat in float64"
+
+
+MEMORY = """
+import ctypes, sys, torch
+from osora import svd_plan, truncated_svd
+
+def status(key):
+    with open("/proc/self/status") as lines:
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(key + ":"))
+
+torch.set_num_threads(int(sys.argv[1]))
+n, rank = 2048, 16
+for dtype in (torch.float32, torch.bfloat16):
+    weight = torch.randn(n, n).to(dtype)
+    for method in ("lanczos", "gram"):
+        truncated_svd(weight[:1100, :1100], rank, method=method)  # libraries and threads have what they keep
+        ctypes.CDLL(None).malloc_trim(0)
+        before = status("VmRSS")
+        with open("/proc/self/clear_refs", "w") as peak:
+            peak.write("5")
+        found = truncated_svd(weight, rank, method=method)
+        taken = status("VmHWM") - before
+        answer = sum(part.nbytes for part in found)
+        print(method, dtype, taken, svd_plan((n, n), rank, dtype, method=method).bytes + answer, found.converged.item())
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="/proc/self/clear_refs and malloc_trim")
+@pytest.mark.parametrize("threads", [1, 2])
+def test_no_more_memory_is_taken_than_planned(threads):
+    # The plan counts arrays. What glibc keeps of freed ones is not the plan's: every array gets a mapping of its own
+    # here, and goes back when it is freed. 3 MiB are for stacks, MKL's packed panels and the interpreter. A float32
+    # copy of the bfloat16 weight would be 16 MiB, which neither the allowance nor the plan of Lanczos (7 to 10) has.
+    environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
+    done = subprocess.run(
+        [sys.executable, "-c", MEMORY, str(threads)],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    rows = [line.split() for line in done.stdout.splitlines()]
+    assert len(rows) == 4
+    for method, dtype, taken, planned, converged in rows:
+        assert converged == "True"
+        assert int(taken) <= int(planned) + (3 << 20), f"{method} {dtype}: {int(taken) / 2**20:.1f} MiB"
+        assert int(taken) > int(planned) / 8, "or nothing was measured"
 
 
 def test_work_on_a_layer_like_matrix_is_bounded():
