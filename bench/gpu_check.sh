@@ -123,12 +123,12 @@ build() {  # from a copy, so that the source tree stays as it is
 
 tests() { "$python" -m pytest -q -p no:cacheprovider -m "not network"; }
 
-sanitizer() {  # every kernel of the fold under each tool; torch's caching would hide what lies out of bounds
+sanitizer() {  # every kernel under each tool; torch's caching would hide what lies out of bounds
   local tool rc=0
   for tool in memcheck racecheck initcheck synccheck; do
     echo "-- $tool"
     PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool "$tool" --error-exitcode 9 \
-      "$python" -m pytest -q -p no:cacheprovider -k cuda tests/test_fold.py || rc=$?
+      "$python" -m pytest -q -p no:cacheprovider -k cuda tests/test_fold.py tests/test_svd_cuda.py || rc=$?
   done
   return "$rc"
 }

@@ -26,10 +26,21 @@ at::Tensor gram_matrix(const at::Tensor& y) {
     const auto exact = y.to(at::kDouble);
     return product(exact.mT(), exact);
   }
-  auto g = at::empty({y.size(2), y.size(2)}, y.options().dtype(at::kDouble));
-  for (int64_t begin = 0; begin < y.size(1); begin += kRows) {  // in the cache, and without a wide copy of y
+  // In the cache, without a wide copy of y, and of the symmetric product only what lies on or below its diagonal.
+  constexpr int64_t kTile = 96;
+  const int64_t n = y.size(2);
+  auto g = at::empty({n, n}, y.options().dtype(at::kDouble));
+  for (int64_t begin = 0; begin < y.size(1); begin += kRows) {
     const auto exact = y[0].narrow(0, begin, std::min(kRows, y.size(1) - begin)).to(at::kDouble);
-    at::addmm_out(g, g, exact.t(), exact, begin > 0 ? 1 : 0);
+    for (int64_t top = 0; top < n; top += kTile) {
+      const int64_t height = std::min(kTile, n - top);
+      auto part = g.narrow(0, top, height).narrow(1, 0, top + height);
+      at::addmm_out(part, part, exact.narrow(1, top, height).t(), exact.narrow(1, 0, top + height), begin > 0 ? 1 : 0);
+    }
+  }
+  for (int64_t top = kTile; top < n; top += kTile) {
+    const auto left = g.narrow(0, top, std::min(kTile, n - top)).narrow(1, 0, top);
+    g.narrow(0, 0, top).narrow(1, top, left.size(0)).copy_(left.t());
   }
   return g.unsqueeze(0);
 }
