@@ -51,7 +51,8 @@ struct Sixteen {
   static void store_wide(double* p, wide v) { _mm512_storeu_pd(p, v); }
   static half magnitude(half v) { return _mm256_andnot_ps(_mm256_set1_ps(-0.0f), v); }
   static half larger(half a, half b) { return _mm256_max_ps(a, b); }
-  static wide widen(half v) { return _mm512_cvtps_pd(v); }
+  // The form without a mask makes gcc 12 warn of an uninitialised register.
+  static wide widen(half v) { return _mm512_maskz_cvtps_pd(0xff, v); }
   static wide add_square(wide v, wide sum) { return _mm512_fmadd_pd(v, v, sum); }
 };
 #endif
