@@ -285,10 +285,4 @@ at::Tensor Panels::gram(bool of_rows) const {
   return g;
 }
 
-int64_t Panels::scratch_bytes(int64_t d, int64_t k, int64_t n, int64_t itemsize, int64_t threads) {
-  const int64_t rows = panel_rows(k, takes_skinny(itemsize == 8 ? at::kDouble : at::kFloat, n));
-  const int64_t groups = groups_for((d + rows - 1) / rows, threads);
-  return itemsize * (groups * k * n + threads * rows * (k + n));
-}
-
 }  // namespace osora

@@ -23,9 +23,6 @@ class Panels {
   at::Tensor gram(bool of_rows) const;                                          // A A^T or A^T A
   at::Tensor whole() const;                                                     // A, a copy
 
-  // Bytes of scratch memory that products with n columns take, over all threads.
-  static int64_t scratch_bytes(int64_t d, int64_t k, int64_t n, int64_t itemsize, int64_t threads);
-
  private:
   void run(const at::Tensor* x, at::Tensor y, at::Tensor* z) const;
   bool mild() const;  // the exponent can be left to the products
