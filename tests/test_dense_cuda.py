@@ -315,3 +315,24 @@ def test_the_versions_of_the_libraries_are_told(emulated):
     blas, loaded_blas, solver, loaded_solver = torch.ops.osora_emulated.library_versions()
     assert loaded_blas == "13.1.1" and loaded_solver == "12.0.4", "as the stand-ins say"
     assert blas.count(".") == 2 and solver.count(".") == 2
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_norms_of_a_batch_at_any_scale(emulated, dtype):
+    # Squares of float32 leave its range beyond 1e19 and below 1e-19; of float64, beyond 1e154.
+    scales = {FLOAT64: (1e-300, 1e-200, 1.0, 1e200, 1e300), FLOAT16: (1e-6, 1.0, 1e4)}
+    weights = [(torch.randn(37, 53, dtype=FLOAT64) * s).to(dtype) for s in scales.get(dtype, (1e-36, 1e-20, 1.0, 1e36))]
+    weights += [torch.zeros(37, 53, dtype=dtype), torch.randn(53, 37).to(dtype).t()]
+    for found, weight in zip(emulated.operators.frobenius_norms(weights), weights, strict=True):
+        largest = weight.double().abs().max().clamp_min(1e-300)
+        exact = float((weight.double() / largest).norm() * largest)
+        assert found == pytest.approx(exact, rel=1e-5, abs=0), "sums of 2000 squares in float32"
+
+
+@pytest.mark.parametrize("entry", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_norms_refuse_what_is_not_finite(emulated, dtype, entry):
+    weights = [torch.ones(5, 7, dtype=dtype) for _ in range(3)]
+    weights[1][4, 6] = entry
+    with pytest.raises(ValueError, match="a weight has NaN or infinite entries"):
+        emulated.operators.frobenius_norms(weights)

@@ -100,8 +100,9 @@ def check(weight, found, tol=1e-3, sigma_error=1e-5):
 
 def lanczos_basis(rank):
     """Columns the block method needs: the widths of csrc/core/svd_plan.cpp."""
-    block = min(max(rank // 32 * 8, 16), 128)
-    return max(rank + max(block, rank // 4) + 3 * block, 2 * rank + block)
+    block = min(max(rank // 64 * 8, 16), 48)
+    keep = rank + max(block, rank // 2)
+    return keep + max(3, (9 * rank // 4 - keep) // block) * block
 
 
 def solve(weight, rank, tol=1e-3, sigma_error=1e-5, **options):

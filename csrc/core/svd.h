@@ -39,6 +39,10 @@ struct Candidate {
 constexpr int64_t kProbes = 8;           // Gaussian vectors that look for a missed triplet
 constexpr int64_t kProbeIterations = 4;  // power iterations they get
 
+// The first random stream of the probe after restart number `turn`; refills during it take the next ones. A second
+// probe must not repeat the first: the space has since been given what that one saw, and nothing else.
+inline uint32_t probe_stream(int64_t turn) { return (1u << 31) + 256u * static_cast<uint32_t>(turn); }
+
 // z -> orthonormal columns, orthogonal to v [*, *, width] (orthonormal). A column whose projection is no more than
 // rounding, measured by sigma_1 times `norms` [B, 1, columns of z], is replaced by a random one.
 // Dense::cholesky_qr tells how well conditioned its input was: 1 for orthonormal columns, 0 if it was not measured.
@@ -70,8 +74,8 @@ std::pair<Array, Array> singular_vectors(Dense& dense, Array& x, const Array& y)
 // What a few power iterations on A see outside of span v: x [B, cols, count], and its largest singular value under
 // (I - u u^T) A [B], a lower bound of |(I - u u^T) A|, so that a right answer is never accused.
 template <class Dense, class Array>
-std::pair<Array, Array> probe(Dense& dense, const Array& u, const Array& v, int64_t count) {
-  Array x = dense.probe_gaussian(count), y = dense.empty(dense.plan().rows, count);
+std::pair<Array, Array> probe(Dense& dense, const Array& u, const Array& v, int64_t count, int64_t turn) {
+  Array x = dense.probe_gaussian(count, turn), y = dense.empty(dense.plan().rows, count);
   const Array none = dense.zero_norms(count);
   for (int64_t iteration = 0; iteration < kProbeIterations; ++iteration) {
     orthonormalise(dense, x, v, none);
@@ -84,9 +88,9 @@ std::pair<Array, Array> probe(Dense& dense, const Array& u, const Array& v, int6
 }
 
 // From the span of v [B, cols, rank], orthonormal to about rounding: singular vectors and values of W with W V = U S,
-// certified. `missed`: where to leave what the probe saw; null: no probe.
+// certified. `missed`: where to leave what the probe saw; null: no probe. `turn`: restarts so far.
 template <class Dense, class Array>
-std::vector<Candidate<Array>> finish(Dense dense, Array v, double tol, Array* missed) {
+std::vector<Candidate<Array>> finish(Dense dense, Array v, double tol, Array* missed, int64_t turn) {
   const SvdPlan& plan = dense.plan();
   Found<Array> work;
   const int64_t rank = plan.rank;
@@ -117,7 +121,7 @@ std::vector<Candidate<Array>> finish(Dense dense, Array v, double tol, Array* mi
   Array seen;
   const int64_t probes = missed ? std::min(kProbes, plan.cols - rank) : 0;
   if (probes > 0) {
-    std::tie(*missed, seen) = probe(dense, outer, inner, probes);
+    std::tie(*missed, seen) = probe(dense, outer, inner, probes, turn);
     count(2 * kProbeIterations, probes);
   }
   auto candidates = dense.report(certificate, values, probes > 0 ? &seen : nullptr, tol);
@@ -129,17 +133,29 @@ std::vector<Candidate<Array>> finish(Dense dense, Array v, double tol, Array* mi
   return candidates;
 }
 
-// Stops a matrix that makes no progress: rounding allows no more (the caller may try again in float64).
+// How one matrix comes along from restart to restart.
 struct Progress {
   double target;                                          // the residual that ends the iteration
   double best = std::numeric_limits<double>::infinity();  // smallest so far
+  double now = best, before = best;                       // the last two
   int stalled = 0, rejected = 0;
 
+  // True for a matrix that makes no progress: rounding allows no more (the caller may try again in float64).
   bool hopeless(double worst) {
+    before = std::exchange(now, worst);
     if (!std::isfinite(worst)) return true;  // a factorisation failed
     stalled = worst < 0.8 * best ? 0 : stalled + 1;
     best = std::min(best, worst);
     return stalled >= 8 || rejected >= 4;
+  }
+
+  // Blocks until the target, if each of them goes on to gain what each of the last `blocks` did, a quarter more and one
+  // besides, since a restart too early costs more than a block too many. All there is room for after a rejection.
+  int64_t blocks_wanted(int64_t blocks, int64_t most) const {
+    if (rejected > 0) return most;
+    const double gain = std::log(before / now) / double(blocks), missing = std::log(now / target);
+    if (!std::isfinite(gain) || !(gain * double(most) > missing)) return most;
+    return std::clamp<int64_t>(int64_t(std::ceil(1.25 * missing / gain)) + 1, 1, most);
   }
 };
 
@@ -156,13 +172,14 @@ std::vector<Found<typename Dense::Array>> block_lanczos(Dense dense, double tol,
   std::vector<Progress> progress(dense.batch(), Progress{0.8 * tol});
 
   Array V = dense.empty(plan.cols, plan.basis), Y = dense.empty(plan.rows, plan.basis);
-  Array Z;  // A^T (last block of Y), where the basis has room for one more
-  int64_t width = 0, passes = 0;
+  Array Z;  // A^T (last block of Y), if another follows before the restart
+  int64_t width = 0, passes = 0, turn = 0;
+  int64_t limit = plan.basis;  // where the next restart comes
   const auto append = [&](const Array& block) {
     dense.copy(dense.columns(V, width, plan.block), block);
     const Array y = dense.columns(Y, width, plan.block);
     width += plan.block;
-    if (width + plan.block <= plan.basis) {
+    if (width + plan.block <= limit) {
       Z = dense.times_and_back(block, y);
       passes += 2;
     } else {
@@ -173,12 +190,13 @@ std::vector<Found<typename Dense::Array>> block_lanczos(Dense dense, double tol,
   append(dense.orthonormal_gaussian());
 
   for (;;) {
-    while (width + plan.block <= plan.basis) {
+    while (width + plan.block <= limit) {
       const Array norms = dense.column_norms(dense.columns(Y, width - plan.block, plan.block));
       orthonormalise(dense, Z, dense.columns(V, 0, width), norms);
       append(Z);
     }
 
+    ++turn;
     // Rayleigh-Ritz on all columns; the tail is the share of the newest block in each Ritz vector, to which the
     // residual is proportional in exact arithmetic.
     const auto [lambda, Q] = dense.gram_eigen(dense.columns(Y, 0, width));
@@ -203,7 +221,7 @@ std::vector<Found<typename Dense::Array>> block_lanczos(Dense dense, double tol,
     if (!candidates.empty()) {
       Array missed;
       auto answers =
-          finish(dense.only(candidates), dense.select(dense.columns(V, 0, plan.rank), candidates), tol, &missed);
+          finish(dense.only(candidates), dense.select(dense.columns(V, 0, plan.rank), candidates), tol, &missed, turn);
       for (size_t i = 0; i < candidates.size(); ++i) {
         const int64_t b = candidates[i];
         Found<Array>& result = found[ids[b]];
@@ -235,6 +253,10 @@ std::vector<Found<typename Dense::Array>> block_lanczos(Dense dense, double tol,
       R = dense.select(R, staying);
       norms = dense.select(norms, staying);
     }
+    const int64_t most = (plan.basis - width) / plan.block, last = (limit - width) / plan.block;
+    int64_t blocks = 1;
+    for (const int64_t id : ids) blocks = std::max(blocks, progress[id].blocks_wanted(last, most));
+    limit = width + blocks * plan.block;
     orthonormalise(dense, R, dense.columns(V, 0, width), norms);
     append(R);
   }

@@ -68,7 +68,7 @@ class DenseCuda {
 
   // -- orthonormalisation (dense_cuda_factor.cpp) ---------------------------------------------------------------------
   Array orthonormal_gaussian();
-  Array probe_gaussian(int64_t count);
+  Array probe_gaussian(int64_t count, int64_t turn);
   Array zero_norms(int64_t count) const;
   Array column_norms(const Array& a) const;  // float64 [B, 1, cols]
   void drop_noise(const Array& z, const Array& norms);

@@ -8,8 +8,6 @@
 namespace osora::cuda {
 namespace {
 
-constexpr uint32_t kProbeStream = 1u << 31;  // streams of its own
-
 // On the diagonal of a Gram matrix of unit columns, summed in float64: above what its sum and its factorisation lose,
 // so that dependent columns get a small pivot and not a failure.
 double shift(int64_t cols) { return 1e-13 + static_cast<double>(cols) * 0x1p-52; }
@@ -24,8 +22,8 @@ DenseCuda::Array DenseCuda::orthonormal_gaussian() {
   return z;
 }
 
-DenseCuda::Array DenseCuda::probe_gaussian(int64_t count) {
-  draws_ = kProbeStream;
+DenseCuda::Array DenseCuda::probe_gaussian(int64_t count, int64_t turn) {
+  draws_ = core::probe_stream(turn);
   const Array x = empty(plan_.cols, count);
   fill_normal(x, random(), stream());
   return x;

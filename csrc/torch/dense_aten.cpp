@@ -8,6 +8,7 @@
 #include <limits>
 
 #include "core/philox.h"
+#include "torch/scale.h"
 
 namespace osora {
 namespace {
@@ -200,8 +201,8 @@ DenseAten::Array DenseAten::orthonormal_gaussian() {
   return z;
 }
 
-DenseAten::Array DenseAten::probe_gaussian(int64_t count) {
-  draws_ = 1u << 31;  // streams of its own
+DenseAten::Array DenseAten::probe_gaussian(int64_t count, int64_t turn) {
+  draws_ = core::probe_stream(turn);
   return gaussian(plan_.cols, count);
 }
 
@@ -275,9 +276,9 @@ DenseAten::Certificate DenseAten::certify(Array u, Array s, Array v, double tol)
                    at::empty(s.sizes(), s.options())};
   for (int64_t b = 0; b < batch(); ++b) {
     // Sigma as it will be stored: it may be subnormal there, or beyond the range.
-    const int exponent = weights_[b]->exponent(), half = exponent / 2;
-    made.s[b].copy_(s[b] * std::ldexp(1.0, half) * std::ldexp(1.0, exponent - half));
-    const auto stored = (made.s[b].to(at::kDouble) * std::ldexp(1.0, -half)) * std::ldexp(1.0, half - exponent);  // [r]
+    const int exponent = weights_[b]->exponent();
+    made.s[b].copy_(scale_by(s[b].clone(), exponent));
+    const auto stored = scale_by(made.s[b].to(at::kDouble, false, /*copy=*/true), -exponent);  // [r]
     TORCH_CHECK_VALUE(stored.isfinite().all().item<bool>(),
                       "osora::truncated_svd: the largest singular value is beyond the range of ", out_,
                       ": scale the weight down", out_ == at::kDouble ? "" : ", or convert it to float64");

@@ -46,10 +46,10 @@ class DenseAten {
   static void rotate(Array& v, const Array& q, int64_t width, int64_t keep);  // v[:, :keep] = v[:, :width] q[:, :keep]
 
   // -- orthonormalisation -------------------------------------------------------------------------------------------
-  Array orthonormal_gaussian();               // [B, cols, block]
-  Array probe_gaussian(int64_t count);        // [B, cols, count], of streams of its own
-  Array zero_norms(int64_t count) const;      // [B, 1, count]
-  static Array column_norms(const Array& a);  // [B, 1, cols]
+  Array orthonormal_gaussian();                       // [B, cols, block]
+  Array probe_gaussian(int64_t count, int64_t turn);  // [B, cols, count], of streams of its own
+  Array zero_norms(int64_t count) const;              // [B, 1, count]
+  static Array column_norms(const Array& a);          // [B, 1, cols]
   // Columns of length one; what is rounding, measured by sigma_1 times `norms`, becomes Gaussian.
   void drop_noise(Array& z, const Array& norms);
   double cholesky_qr(Array& z) const;

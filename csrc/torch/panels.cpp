@@ -14,8 +14,8 @@
 #include <vector>
 
 #include "cpu/skinny.h"
-#include "torch/checks.h"
 #include "torch/guards.h"
+#include "torch/scale.h"
 #include "torch/workers.h"
 
 namespace osora {
@@ -141,15 +141,12 @@ void add_up(const at::Tensor& sums, bool turned, at::Tensor& total) {
 }  // namespace
 
 Panels::Panels(const at::Tensor& weight, at::ScalarType work) : weight_(weight), work_(work) {
-  // A power of two changes no digit: weights of size 1e-30 and 1e+30 are decomposed like their scaled twins.
-  Extent extent;
-  if (weight.is_cpu()) {
-    extent = scan(weight);
-  } else {
-    const auto wide = weight.to(accumulate_type(weight.scalar_type()));
-    extent.largest = wide.abs().max().item<double>();
-    extent.squares = std::pow(at::linalg_vector_norm(wide, 2, std::nullopt, false, at::kDouble).item<double>(), 2);
+  if (!weight.is_cpu()) {
+    exponent_ = scale_exponent(weight);
+    frobenius_ = at::linalg_vector_norm(whole()).item<double>();
+    return;
   }
+  const Extent extent = scan(weight);
   const bool wide_range = weight.scalar_type() == at::kDouble;  // its squares may leave the range of a double
   bool finite = std::isfinite(extent.largest) && std::isfinite(extent.squares);
   if (wide_range && !finite) finite = weight.isfinite().all().item<bool>();
@@ -175,18 +172,13 @@ at::Tensor Panels::converted(const at::Tensor& part) const {
   if (mild() && part.scalar_type() == work_ && part.stride(1) == 1) return part;
   auto copy = at::empty(part.sizes(), part.options().dtype(work_));
   copy.copy_(part);
-  if (!mild()) {  // two factors, since 2^-exponent itself may not fit the dtype
-    const int half = exponent_ / 2;
-    copy.mul_(std::ldexp(1.0, -half)).mul_(std::ldexp(1.0, -(exponent_ - half)));
-  }
-  return copy;
+  return mild() ? copy : scale_by(copy, -exponent_);
 }
 
 at::Tensor Panels::whole() const {
   auto copy = at::empty(weight_.sizes(), weight_.options().dtype(work_));
   copy.copy_(weight_);
-  const int half = exponent_ / 2;
-  return copy.mul_(std::ldexp(1.0, -half)).mul_(std::ldexp(1.0, -(exponent_ - half)));
+  return scale_by(copy, -exponent_);
 }
 
 // x: y = A x is computed, else y is given. z: A^T y is computed.

@@ -18,6 +18,7 @@
 #include "torch/dense_aten.h"
 #include "torch/guards.h"
 #include "torch/panels.h"
+#include "torch/scale.h"
 #include "torch/workers.h"
 #ifdef OSORA_CUDA
 #include "torch/svd_cuda.h"
@@ -74,30 +75,52 @@ std::vector<Attempt> attempts(const core::SvdPlan& plan, at::ScalarType natural)
 // A batch of matrices of one shape, dtype and device, and what is asked of them.
 struct Task {
   std::vector<at::Tensor> weights;
-  std::vector<Panels> panels;  // of `weights`
+  std::vector<double> norms;    // Frobenius
+  std::vector<Panels> scanned;  // on the CPU, where one pass gives norms and panels
   std::vector<uint64_t> keys;
   core::SvdPlan plan;
   double tol;
   uint64_t seed;
 
   Task only(const std::vector<size_t>& chosen) const {
-    Task some{{}, {}, {}, plan, tol, seed};
+    Task some{{}, {}, {}, {}, plan, tol, seed};
     for (const size_t i : chosen) {
       some.weights.push_back(weights[i]);
-      some.panels.push_back(panels[i]);
+      some.norms.push_back(norms[i]);
+      if (!scanned.empty()) some.scanned.push_back(scanned[i]);
       some.keys.push_back(keys[i]);
     }
     return some;
   }
+
+  Panels panels(size_t i) const {
+    return scanned.empty() ? Panels(weights[i], accumulate_type(weights[i].scalar_type())) : scanned[i];
+  }
 };
+
+// The weights are found finite here, or refused.
+Task make_task(const std::vector<at::Tensor>& weights, const core::SvdPlan& plan, double tol, uint64_t seed) {
+  Task task{weights, {}, {}, {}, plan, tol, seed};
+#ifdef OSORA_CUDA
+  if (weights.front().is_cuda()) {
+    task.norms = norms_cuda(weights);
+    return task;
+  }
+#endif
+  for (const auto& weight : weights) {
+    const Panels& panels = task.scanned.emplace_back(weight, accumulate_type(weight.scalar_type()));
+    task.norms.push_back(std::ldexp(panels.frobenius(), panels.exponent()));
+  }
+  return task;
+}
 
 // One matrix by ATen, on any device.
 Result run_aten(const Task& task, size_t i, const Attempt& attempt, const core::SvdPlan& plan) {
   const auto& weight = task.weights[i];
-  DenseAten dense({task.panels[i]}, plan, weight.options().dtype(attempt.work), accumulate_type(weight.scalar_type()),
+  DenseAten dense({task.panels(i)}, plan, weight.options().dtype(attempt.work), accumulate_type(weight.scalar_type()),
                   task.seed, {task.keys[i]});
   const auto finished = [&](at::Tensor vectors) {
-    return core::finish<DenseAten, at::Tensor>(dense, std::move(vectors), task.tol, nullptr).front().found;
+    return core::finish<DenseAten, at::Tensor>(dense, std::move(vectors), task.tol, nullptr, 0).front().found;
   };
   switch (attempt.method) {
     case SvdMethod::kGram:
@@ -123,9 +146,9 @@ Result run_driver(const Task& task, size_t i, SvdMethod method, const core::SvdP
   const auto [U, S, V] = svd_driver_cuda(weight, method, plan.rank);
   TORCH_CHECK(at::cat({U.flatten(), V.flatten()}).isfinite().all().item<bool>(), "osora::truncated_svd: method \"",
               core::svd_method_names()[size_t(method)], "\" gave NaN or infinite singular vectors");
-  const DenseAten dense({task.panels[i]}, plan, weight.options().dtype(natural), natural, task.seed, {task.keys[i]});
-  const int exponent = task.panels[i].exponent(), half = exponent / 2;
-  const auto s = S.to(at::kDouble).mul(std::ldexp(1.0, -half)).mul_(std::ldexp(1.0, half - exponent));
+  const Panels panels = task.panels(i);
+  const DenseAten dense({panels}, plan, weight.options().dtype(natural), natural, task.seed, {task.keys[i]});
+  const auto s = scale_by(S.to(at::kDouble, /*non_blocking=*/false, /*copy=*/true), -panels.exponent());
   const auto values = s.view({1, 1, plan.rank});
   auto candidates =
       dense.report(dense.certify(U.unsqueeze(0), values, V.unsqueeze(0), task.tol), values, nullptr, task.tol);
@@ -168,7 +191,6 @@ std::vector<Result> run(const Task& task, const Attempt& attempt) {
 struct Answer {
   Result result;
   SvdMethod method = SvdMethod::kLanczos;
-  double norm = 0;  // Frobenius
 };
 
 // A Gram matrix is rounded at epsilon sigma_1^2, so its eigenvectors mix, and may leave out, what differs by less:
@@ -208,9 +230,6 @@ std::vector<Answer> decompose(const Task& task) {
     }
     left = std::move(still);
     if (left.empty()) break;
-  }
-  for (size_t i = 0; i < answers.size(); ++i) {
-    answers[i].norm = std::ldexp(task.panels[i].frobenius(), task.panels[i].exponent());
   }
   return answers;
 }
@@ -280,20 +299,17 @@ Output truncated_svd(at::TensorList weights, int64_t rank, double tol, int64_t s
 
   const auto some = [&](int64_t begin, int64_t end) {
     const OperatorGuard inner(first.device());  // a worker thread starts without ours
-    Task task{{}, {}, {}, plan, tol, uint64_t(seed)};
-    for (int64_t i = begin; i < end; ++i) {
-      task.weights.push_back(weights[i]);
-      task.panels.emplace_back(weights[i], accumulate_type(first.scalar_type()));
-      task.keys.push_back(uint64_t(keys[i]));
-    }
+    const auto range = weights.slice(size_t(begin), size_t(end - begin));
+    Task task = make_task(range.vec(), plan, tol, uint64_t(seed));
+    task.keys.assign(keys.begin() + begin, keys.begin() + end);
     const auto answers = decompose(task);
     for (int64_t i = begin; i < end; ++i) {
-      const auto& [result, method_used, norm] = answers[size_t(i - begin)];
+      const auto& [result, method_used] = answers[size_t(i - begin)];
       U[i].copy_(result.u);
       S[i].copy_(result.s);
       V[i].copy_(result.v);
       residuals[i].copy_(result.residuals);
-      norms.mutable_data_ptr<double>()[i] = norm;
+      norms.mutable_data_ptr<double>()[i] = task.norms[size_t(i - begin)];
       converged.mutable_data_ptr<bool>()[i] = result.converged;
       passes.mutable_data_ptr<int64_t>()[i] = result.passes;
       columns.mutable_data_ptr<int64_t>()[i] = result.columns;

@@ -6,23 +6,11 @@
 #include <c10/cuda/CUDAGuard.h>
 #include <c10/cuda/CUDAStream.h>
 
+#include "torch/memory_cuda.h"
 #include "torch/svd_launch.h"
 
 namespace osora {
 namespace {
-
-// Bytes from torch's caching allocator, which gives them to other work of the same stream only.
-class TensorMemory : public cuda::Allocator {
- public:
-  explicit TensorMemory(at::Device device) : options_(at::TensorOptions().device(device).dtype(at::kByte)) {}
-  std::shared_ptr<void> allocate(size_t bytes) override {
-    const auto memory = at::empty({static_cast<int64_t>(bytes)}, options_);
-    return {memory.mutable_data_ptr(), [memory](void*) {}};
-  }
-
- private:
-  at::TensorOptions options_;
-};
 
 cuda::DenseOptions dense_options(at::ScalarType work, double tol, uint64_t seed) {
   cuda::DenseOptions options;
@@ -37,9 +25,8 @@ cuda::DenseOptions dense_options(at::ScalarType work, double tol, uint64_t seed)
 std::vector<core::Found<at::Tensor>> lanczos_cuda(const std::vector<at::Tensor>& weights, const core::SvdPlan& plan,
                                                   at::ScalarType work, double tol, uint64_t seed,
                                                   const std::vector<uint64_t>& keys, int64_t max_passes) {
-  const auto device = weights.front().device();
-  const c10::cuda::CUDAGuard guard(device);
-  TensorMemory memory(device);
+  const c10::cuda::CUDAGuard guard(weights.front().device());
+  TorchMemory memory;
   return lanczos_launch(weights, plan, dense_options(work, tol, seed), keys, max_passes,
                         cuda::context(c10::cuda::getCurrentCUDAStream(), memory));
 }
@@ -47,11 +34,15 @@ std::vector<core::Found<at::Tensor>> lanczos_cuda(const std::vector<at::Tensor>&
 std::vector<core::Found<at::Tensor>> gram_cuda(const std::vector<at::Tensor>& weights, const core::SvdPlan& plan,
                                                at::ScalarType work, double tol, uint64_t seed,
                                                const std::vector<uint64_t>& keys) {
-  const auto device = weights.front().device();
-  const c10::cuda::CUDAGuard guard(device);
-  TensorMemory memory(device);
+  const c10::cuda::CUDAGuard guard(weights.front().device());
+  TorchMemory memory;
   return gram_launch(weights, plan, dense_options(work, tol, seed), keys,
                      cuda::context(c10::cuda::getCurrentCUDAStream(), memory));
+}
+
+std::vector<double> norms_cuda(const std::vector<at::Tensor>& weights) {
+  const c10::cuda::CUDAGuard guard(weights.front().device());
+  return frobenius_norms(weights);
 }
 
 int64_t free_memory_cuda() {

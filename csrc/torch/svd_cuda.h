@@ -21,6 +21,10 @@ std::vector<core::Found<at::Tensor>> gram_cuda(const std::vector<at::Tensor>& we
                                                at::ScalarType work, double tol, uint64_t seed,
                                                const std::vector<uint64_t>& keys);
 
+// Frobenius norms of weights of one dtype and device; the host waits once. A ValueError where an entry is NaN or
+// infinite.
+std::vector<double> norms_cuda(const std::vector<at::Tensor>& weights);
+
 // Bytes of the current device that are free, or cached by torch and not in use.
 int64_t free_memory_cuda();
 

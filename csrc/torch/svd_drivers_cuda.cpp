@@ -1,24 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "torch/svd_drivers_cuda.h"
 
-#include <c10/cuda/CUDACachingAllocator.h>
 #include <c10/cuda/CUDAGuard.h>
 #include <c10/cuda/CUDAStream.h>
 
+#include "torch/memory_cuda.h"
 #include "torch/svd_drivers_launch.h"
 
 namespace osora {
-namespace {
-
-class TorchMemory : public cuda::Allocator {
- public:
-  std::shared_ptr<void> allocate(size_t bytes) override {
-    const auto owner = std::make_shared<at::DataPtr>(c10::cuda::CUDACachingAllocator::get()->allocate(bytes));
-    return {owner, owner->get()};
-  }
-};
-
-}  // namespace
 
 Factors svd_driver_cuda(const at::Tensor& weight, core::SvdMethod method, int64_t rank) {
   const c10::cuda::CUDAGuard guard(weight.device());

@@ -4,16 +4,15 @@
 #pragma once
 #include <ATen/Dispatch.h>
 #include <ATen/core/Tensor.h>
-#include <ATen/ops/aminmax.h>
 #include <ATen/ops/from_blob.h>
 
 #include <algorithm>
-#include <cmath>
 #include <utility>
 
 #include "core/svd_drivers_limits.h"
 #include "cuda/svd_drivers.h"
 #include "torch/checks.h"
+#include "torch/scale.h"
 #include "torch/svd_drivers_cuda.h"
 
 namespace osora {
@@ -30,19 +29,12 @@ inline Factors svd_driver_launch(const at::Tensor& weight, core::SvdMethod metho
   const auto options = weight.options().dtype(accumulate_type(weight.scalar_type()));
   core::refuse_driver(method, d, k, rank, int64_t(options.dtype().itemsize()));
 
-  // A power of two changes no digit. Two factors, since 2^exponent itself may not fit the dtype.
-  const auto [low, high] = at::aminmax(weight);  // both are NaN if any entry is
-  const double largest = std::max(-low.to(at::kDouble).item<double>(), high.to(at::kDouble).item<double>());
-  TORCH_CHECK_VALUE(std::isfinite(largest), "osora::truncated_svd: a weight has NaN or infinite entries");
-  int exponent = 0;
-  std::frexp(largest, &exponent);
-  const int half = exponent / 2;
-
+  const int exponent = scale_exponent(weight);
   // A [rows, cols] column-major is A^T [cols, rows] as torch lays it out: W^T, or W itself where A = W^T.
   const auto memory = context.memory->allocate(size_t(rows * cols) * options.dtype().itemsize());
   auto scaled = over(memory, {cols, rows}, {rows, 1}, options);
   scaled.copy_(d < k ? weight : weight.t());
-  scaled.mul_(std::ldexp(1.0, -half)).mul_(std::ldexp(1.0, half - exponent));
+  scale_by(scaled, -exponent);
 
   cuda::DriverFactors found;
   AT_DISPATCH_FLOATING_TYPES(scaled.scalar_type(), "osora::truncated_svd", [&] {
@@ -52,7 +44,7 @@ inline Factors svd_driver_launch(const at::Tensor& weight, core::SvdMethod metho
     return over(from.data, {length, rank}, {from.row_stride, from.column_stride}, options)
         .clone(at::MemoryFormat::Contiguous);  // the driver's own buffer may be many times as large
   };
-  auto S = over(found.s, {rank}, {1}, options).mul(std::ldexp(1.0, half)).mul_(std::ldexp(1.0, exponent - half));
+  auto S = scale_by(over(found.s, {rank}, {1}, options).clone(), exponent);
   auto U = vectors(found.u, rows), V = vectors(found.v, cols);
   if (d < k) std::swap(U, V);
   return {U, S, V};

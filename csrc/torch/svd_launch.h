@@ -5,13 +5,18 @@
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/from_blob.h>
+#include <ATen/ops/linalg_vector_norm.h>
+#include <ATen/ops/stack.h>
 
+#include <cmath>
 #include <memory>
 #include <stdexcept>
 #include <vector>
 
 #include "core/svd.h"
 #include "cuda/dense_cuda.h"
+#include "torch/checks.h"
+#include "torch/scale.h"
 
 namespace osora {
 
@@ -33,6 +38,23 @@ inline at::Tensor tensor_of(const cuda::CudaArray& array, const at::TensorOption
   const auto typed = options.dtype(array.type == cuda::Type::kFloat64 ? at::kDouble : at::kFloat);
   const auto view = at::from_blob(array.data, {array.rows, array.cols}, {1, array.rows}, typed);
   return at::empty({array.rows, array.cols}, typed).copy_(view);
+}
+
+// Frobenius norms of weights on one device, with one wait for all of them. A ValueError where an entry is NaN or
+// infinite. A weight whose squares leave the range of float32 is scaled and summed again.
+inline std::vector<double> frobenius_norms(const std::vector<at::Tensor>& weights) {
+  const auto type = accumulate_type(weights.front().scalar_type());
+  std::vector<at::Tensor> each;
+  for (const auto& weight : weights) each.push_back(at::linalg_vector_norm(weight, 2, std::nullopt, false, type));
+  const auto host = at::stack(each).to(at::kCPU, at::kDouble);
+  std::vector<double> norms(host.const_data_ptr<double>(), host.const_data_ptr<double>() + host.numel());
+  for (size_t i = 0; i < weights.size(); ++i) {
+    if (norms[i] > 1e-15 && norms[i] < 1e+18) continue;
+    const int exponent = scale_exponent(weights[i]);
+    const auto scaled = scale_by(weights[i].to(type, /*non_blocking=*/false, /*copy=*/true), -exponent);
+    norms[i] = std::ldexp(at::linalg_vector_norm(scaled).item<double>(), exponent);
+  }
+  return norms;
 }
 
 // The weights, made contiguous, and the run of one method on them: method(DenseCuda) gives Found per matrix.
@@ -78,7 +100,7 @@ inline std::vector<core::Found<at::Tensor>> gram_launch(const std::vector<at::Te
     const cuda::CudaArray vectors = dense.gram_vectors();
     std::vector<core::Found<cuda::CudaArray>> found;
     for (auto& candidate :
-         core::finish(std::move(dense), vectors, options.tol, static_cast<cuda::CudaArray*>(nullptr))) {
+         core::finish(std::move(dense), vectors, options.tol, static_cast<cuda::CudaArray*>(nullptr), 0)) {
       found.push_back(std::move(candidate.found));
     }
     return found;

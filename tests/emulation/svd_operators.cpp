@@ -96,6 +96,10 @@ TORCH_LIBRARY_FRAGMENT(osora_emulated, m) {
     return {blas.compiled, blas.loaded, solver.compiled, solver.loaded};
   });
 }
+TORCH_LIBRARY_FRAGMENT(osora_emulated, m) {
+  m.def("frobenius_norms(Tensor[] weights) -> float[]",
+        [](at::TensorList weights) { return frobenius_norms(weights.vec()); });
+}
 TORCH_LIBRARY_IMPL(osora_emulated, CPU, m) { m.impl("svd", &svd_emulated); }
 
 }  // namespace osora
