@@ -15,28 +15,12 @@
 #include "torch/checks.h"
 #include "torch/fold.h"
 #include "torch/guards.h"
+#include "torch/rows.h"
 
 namespace osora {
 namespace {
 
 using Optional = std::optional<at::Tensor>;
-
-// t[..., c] as [n, c] in a layout GEMM takes as it is (one unit stride, no overlap); copies only if it must.
-at::Tensor as_rows(const at::Tensor& t) {
-  const int64_t c = t.size(-1);
-  int64_t n = 1;
-  for (int64_t i = 0; i + 1 < t.dim(); ++i) n *= t.size(i);
-  auto rows = t.reshape({n, c});
-  const bool row_major = rows.stride(1) == 1 && rows.stride(0) >= std::max<int64_t>(1, c);
-  const bool column_major = rows.stride(0) == 1 && rows.stride(1) >= std::max<int64_t>(1, n);
-  return row_major || column_major ? rows : rows.contiguous();
-}
-
-std::vector<int64_t> with_last(const at::Tensor& t, int64_t last) {
-  auto sizes = t.sizes().vec();
-  sizes.back() = last;
-  return sizes;
-}
 
 // P[d, r] = dy^T h, summed over all rows in the accumulation dtype. 16-bit on the CPU: a block of rows at a time is
 // widened, so that no float32 copy of dy ever exists.
