@@ -23,6 +23,13 @@ TORCH_LIBRARY(osora, m) {
       "linear_backward(Tensor dy, Tensor h, Tensor? weight, Tensor U, Tensor V, Tensor S0, Tensor s, Tensor o,"
       " bool need_x, bool need_s, bool need_o) -> (Tensor, Tensor, Tensor)");
 
+  // Row i of x by adapter a = index[i] of A that share U, V and S0; -1 is the base, other numbers are refused on the
+  // CPU and give a row of NaN elsewhere. s [A, r], o [A, d]; of adapter a only the first ranks[a] columns count. y_i =
+  // x_i W^T + bias + o_a (h_i (S0 + s_a)) U^T + (h_i s_a) U^T with h = x V. No derivative.
+  m.def(
+      "linear_multi(Tensor x, Tensor? weight, Tensor? bias, Tensor U, Tensor V, Tensor S0, Tensor s, Tensor o,"
+      " Tensor index, Tensor? ranks=None) -> Tensor");
+
   // weights: matrices [d, k] of one shape; keys: one integer per matrix, part of its random stream.
   // -> U [B, d, r], S [B, r], V [B, k, r], residuals [B, r], converged [B] bool, passes [B], method [B], columns [B],
   // Frobenius norms [B]. max_memory: bytes beyond the weights and the answer; 0 for no limit.
