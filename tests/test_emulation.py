@@ -91,9 +91,9 @@ def run(programs, fixed_addresses):
     return run_program
 
 
-@pytest.fixture(scope="module", params=["emulation", "emulation_svd"])
+@pytest.fixture(scope="module", params=["emulation", "emulation_multi", "emulation_svd"])
 def driver(request: pytest.FixtureRequest, programs) -> tuple[str, str]:
-    """The programs for fold.cu and for svd_kernels.cu with svd_ritz.cu, with what the plain one prints."""
+    """The programs for fold.cu, multi.cu, and svd_kernels.cu with svd_ritz.cu, with what the plain one prints."""
     plain = subprocess.run([programs / f"{request.param}_plain"], capture_output=True, text=True)
     return request.param, plain.stdout
 
