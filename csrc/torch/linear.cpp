@@ -4,6 +4,8 @@
 //
 // The small product comes first and the big one accumulates into it in place (beta = 1): that hides one pass over y,
 // and rounds the big term once (docs/method.md, "Order of the products").
+#include "torch/linear.h"
+
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/addmm.h>
 #include <ATen/ops/empty.h>
@@ -15,31 +17,12 @@
 #include "torch/checks.h"
 #include "torch/fold.h"
 #include "torch/guards.h"
+#include "torch/rows.h"
 
 namespace osora {
-namespace {
 
 using Optional = std::optional<at::Tensor>;
 
-// t[..., c] as [n, c] in a layout GEMM takes as it is (one unit stride, no overlap); copies only if it must.
-at::Tensor as_rows(const at::Tensor& t) {
-  const int64_t c = t.size(-1);
-  int64_t n = 1;
-  for (int64_t i = 0; i + 1 < t.dim(); ++i) n *= t.size(i);
-  auto rows = t.reshape({n, c});
-  const bool row_major = rows.stride(1) == 1 && rows.stride(0) >= std::max<int64_t>(1, c);
-  const bool column_major = rows.stride(0) == 1 && rows.stride(1) >= std::max<int64_t>(1, n);
-  return row_major || column_major ? rows : rows.contiguous();
-}
-
-std::vector<int64_t> with_last(const at::Tensor& t, int64_t last) {
-  auto sizes = t.sizes().vec();
-  sizes.back() = last;
-  return sizes;
-}
-
-// P[d, r] = dy^T h, summed over all rows in the accumulation dtype. 16-bit on the CPU: a block of rows at a time is
-// widened, so that no float32 copy of dy ever exists.
 at::Tensor outer_sum(const at::Tensor& dy, const at::Tensor& h) {
   const auto exact = accumulate_type(dy.scalar_type());
   if (exact == dy.scalar_type()) return at::mm(dy.t(), h);
@@ -53,6 +36,22 @@ at::Tensor outer_sum(const at::Tensor& dy, const at::Tensor& h) {
   return P;
 }
 
+at::Tensor linear_plus(const at::Tensor& x, const at::Tensor& rows, const Optional& weight, const Optional& bias,
+                       const at::Tensor& h, const at::Tensor& D) {
+  if (weight && x.dim() > 2 && !x.is_contiguous()) {
+    // torch's own linear multiplies such an x matrix by matrix and rounds before it adds the bias. So that an adapter
+    // of zeros gives its very bits, it comes first here; such an x is rare, and copied anyway.
+    auto y = at::linear(x, *weight, bias).contiguous();
+    y.view({h.size(0), D.size(0)}).addmm_(h, D.t());
+    return y;
+  }
+  auto y = bias ? at::addmm(*bias, h, D.t()) : at::mm(h, D.t());
+  if (weight) y.addmm_(rows, weight->t());
+  return y.view(with_last(x, D.size(0)));
+}
+
+namespace {
+
 std::tuple<at::Tensor, at::Tensor> linear(const at::Tensor& x, const Optional& weight, const Optional& bias,
                                           const at::Tensor& U, const at::Tensor& V, const at::Tensor& S0,
                                           const at::Tensor& s, const at::Tensor& o) {
@@ -60,17 +59,7 @@ std::tuple<at::Tensor, at::Tensor> linear(const at::Tensor& x, const Optional& w
   const OperatorGuard guard(x.device());
   const auto rows = as_rows(x);
   auto h = at::mm(rows, V);
-  const auto D = fold(U, S0, s, o);
-  if (weight && x.dim() > 2 && !x.is_contiguous()) {
-    // torch's own linear multiplies such an x matrix by matrix and rounds before it adds the bias. So that an adapter
-    // of zeros gives its very bits, it comes first here; such an x is rare, and copied anyway.
-    auto y = at::linear(x, *weight, bias).contiguous();
-    y.view({rows.size(0), U.size(0)}).addmm_(h, D.t());
-    return {y, h};
-  }
-  auto y = bias ? at::addmm(*bias, h, D.t()) : at::mm(h, D.t());
-  if (weight) y.addmm_(rows, weight->t());
-  return {y.view(with_last(x, U.size(0))), h};
+  return {linear_plus(x, rows, weight, bias, h, fold(U, S0, s, o)), h};
 }
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor> linear_backward(const at::Tensor& dy, const at::Tensor& h,
