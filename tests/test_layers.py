@@ -6,7 +6,7 @@ import pickle
 
 import pytest
 import torch
-from helpers import linear_case
+from helpers import linear_case, move_adapter, tiny_gpt2, token_ids
 from precision import DTYPES
 from torch import Tensor, nn
 
@@ -84,6 +84,70 @@ def test_dropout_is_unbiased():
 def test_dropout_starts_as_the_base():
     layer, x = make_layer(dropout=0.5).train(), torch.randn(4, 12)
     assert torch.equal(layer(x), layer.base_layer(x))
+
+
+def test_dropout_adds_to_the_base_s_output_in_place():
+    """Two tensors of y's size would be one more than the frozen layer needs."""
+    layer, x = moved(make_layer(64, 500, 4, dropout=0.5)).train(), torch.randn(80, 64)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        layer(x)
+    assert sum(e.self_cpu_memory_usage >= 80 * 500 * 4 for e in profile.events()) == 1
+
+
+@pytest.mark.parametrize("everywhere", [False, True], ids=["of the base", "of every module"])
+def test_a_hook_may_keep_what_the_base_gave(everywhere):
+    layer, x, kept = moved(make_layer(dropout=0.5)).train(), torch.randn(4, 12), []
+
+    def keep(module: nn.Module, args: tuple, output: Tensor) -> None:
+        if module is layer.base_layer:
+            kept.append(output)
+
+    register = nn.modules.module.register_module_forward_hook if everywhere else layer.base_layer.register_forward_hook
+    handle = register(keep)
+    y = layer(x)
+    handle.remove()
+    assert torch.equal(kept[0], layer.base_layer(x)) and not torch.equal(y, kept[0])
+
+
+def test_dropout_in_a_model_of_conv1d():
+    """Its base gives a view of the product."""
+    import osora
+
+    model = move_adapter(osora.attach(tiny_gpt2(), osora.OsoraConfig(r=4, dropout=0.3))).train()
+    for part in model.modules():
+        if isinstance(part, nn.Dropout):
+            part.p = 0.0
+    ids, results = token_ids(), []
+    for in_place in (True, False):
+        torch.manual_seed(5)
+        handle = nn.modules.module.register_module_forward_hook(lambda *_: None)  # these see y: it is left alone
+        if in_place:
+            handle.remove()
+        model.zero_grad()
+        loss = model(input_ids=ids, labels=ids).loss
+        loss.backward()
+        handle.remove()
+        results.append([loss.detach(), *(p.grad for p in osora.adapter_parameters(model))])
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_dropout_compiles():
+    torch._dynamo.reset()
+    layer, x = moved(make_layer(dropout=0.5)).train(), torch.randn(4, 12)
+    compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
+    torch.manual_seed(2)
+    y = compiled(x)
+    y.sum().backward()
+    got = [y.detach(), layer.o.grad, layer.s.grad]
+    layer.zero_grad()
+    torch.manual_seed(2)
+    y = layer(x)
+    y.sum().backward()
+    for a, b in zip(got, [y.detach(), layer.o.grad, layer.s.grad], strict=True):
+        torch.testing.assert_close(a, b)
+    torch._dynamo.reset()
 
 
 # -- the base layer stays a layer ------------------------------------------------------------------------------------

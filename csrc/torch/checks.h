@@ -5,6 +5,9 @@
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/aminmax.h>
 
+#include <algorithm>
+#include <vector>
+
 namespace osora {
 
 inline bool is_supported_float(at::ScalarType type) {
@@ -144,6 +147,62 @@ inline void check_linear_backward(const at::Tensor& dy, const at::Tensor& h, con
               ", ", U.size(1), "], got shape ", h.sizes());
   TORCH_CHECK(h.scalar_type() == dy.scalar_type() && h.device() == dy.device(),
               "osora::linear_backward: h must have dy's dtype and device, got ", h.scalar_type(), " on ", h.device());
+}
+
+// -- linear_add_ ------------------------------------------------------------------------------------------------------
+
+// Whether two of its elements may be one number: true for expanded tensors and sliding windows, false for every slice,
+// transpose or permutation of a dense one.
+inline bool may_overlap_itself(const at::Tensor& t) {
+  std::vector<std::pair<int64_t, int64_t>> dims;  // stride, size
+  for (int64_t i = 0; i < t.dim(); ++i) {
+    if (t.size(i) == 0) return false;
+    if (t.size(i) > 1) dims.emplace_back(t.stride(i), t.size(i));
+  }
+  std::sort(dims.begin(), dims.end());
+  int64_t reach = 1;  // elements from the first to the last of the dimensions so far
+  for (const auto& [stride, size] : dims) {
+    if (stride < reach) return true;
+    reach += stride * (size - 1);
+  }
+  return false;
+}
+
+// Whether their elements lie within each other's range of one storage.
+inline bool share_memory(const at::Tensor& a, const at::Tensor& b) {
+  if (a.numel() == 0 || b.numel() == 0 || !a.storage().is_alias_of(b.storage())) return false;
+  const auto range = [](const at::Tensor& t) {
+    int64_t reach = 1;
+    for (int64_t i = 0; i < t.dim(); ++i) reach += t.stride(i) * (t.size(i) - 1);
+    const int64_t begin = t.storage_offset() * static_cast<int64_t>(t.itemsize());
+    return std::pair{begin, begin + reach * static_cast<int64_t>(t.itemsize())};
+  };
+  const auto [a_begin, a_end] = range(a);
+  const auto [b_begin, b_end] = range(b);
+  return a_begin < b_end && b_begin < a_end;
+}
+
+inline void check_linear_add(const at::Tensor& y, const at::Tensor& x, const at::Tensor& U, const at::Tensor& V,
+                             const at::Tensor& S0, const at::Tensor& s, const at::Tensor& o) {
+  const char* const op = "osora::linear_add_";
+  check_linear_frozen(op, x, std::nullopt, U, V, S0, s, o);
+  TORCH_CHECK(x.dim() >= 1 && x.size(-1) == V.size(0), op,
+              ": the last dimension of x must be in_features = ", V.size(0), ", got shape ", x.sizes());
+  auto wish = x.sizes().vec();
+  wish.back() = U.size(0);
+  TORCH_CHECK(y.sizes() == wish, op, ": y must be x's shape with out_features at the end, ", at::IntArrayRef(wish),
+              ", got ", y.sizes());
+  TORCH_CHECK(y.scalar_type() == x.scalar_type() && y.device() == x.device(), op,
+              ": y must have x's dtype and device (", x.scalar_type(), " on ", x.device(), "), got ", y.scalar_type(),
+              " on ", y.device());
+  TORCH_CHECK(!may_overlap_itself(y), op, ": elements of y must not share memory (is it expanded?), got sizes ",
+              y.sizes(), " with strides ", y.strides());
+  const std::pair<const char*, const at::Tensor*> others[] = {{"x", &x},   {"U", &U}, {"V", &V},
+                                                              {"S0", &S0}, {"s", &s}, {"o", &o}};
+  for (const auto& [name, other] : others) {
+    TORCH_CHECK(!share_memory(y, *other), op, ": y and ", name,
+                " share memory, or lie between each other's rows in one storage: clone one of them");
+  }
 }
 
 }  // namespace osora

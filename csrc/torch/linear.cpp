@@ -4,6 +4,8 @@
 //
 // The small product comes first and the big one accumulates into it in place (beta = 1): that hides one pass over y,
 // and rounds the big term once (docs/method.md, "Order of the products").
+#include "torch/linear.h"
+
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/addmm.h>
 #include <ATen/ops/empty.h>
@@ -18,9 +20,24 @@
 #include "torch/rows.h"
 
 namespace osora {
-namespace {
 
 using Optional = std::optional<at::Tensor>;
+
+at::Tensor linear_plus(const at::Tensor& x, const at::Tensor& rows, const Optional& weight, const Optional& bias,
+                       const at::Tensor& h, const at::Tensor& D) {
+  if (weight && x.dim() > 2 && !x.is_contiguous()) {
+    // torch's own linear multiplies such an x matrix by matrix and rounds before it adds the bias. So that an adapter
+    // of zeros gives its very bits, it comes first here; such an x is rare, and copied anyway.
+    auto y = at::linear(x, *weight, bias).contiguous();
+    y.view({h.size(0), D.size(0)}).addmm_(h, D.t());
+    return y;
+  }
+  auto y = bias ? at::addmm(*bias, h, D.t()) : at::mm(h, D.t());
+  if (weight) y.addmm_(rows, weight->t());
+  return y.view(with_last(x, D.size(0)));
+}
+
+namespace {
 
 std::tuple<at::Tensor, at::Tensor> linear(const at::Tensor& x, const Optional& weight, const Optional& bias,
                                           const at::Tensor& U, const at::Tensor& V, const at::Tensor& S0,
@@ -29,17 +46,7 @@ std::tuple<at::Tensor, at::Tensor> linear(const at::Tensor& x, const Optional& w
   const OperatorGuard guard(x.device());
   const auto rows = as_rows(x);
   auto h = down(rows, V);
-  const auto D = fold(U, S0, s, o);
-  if (weight && x.dim() > 2 && !x.is_contiguous()) {
-    // torch's own linear multiplies such an x matrix by matrix and rounds before it adds the bias. So that an adapter
-    // of zeros gives its very bits, it comes first here; such an x is rare, and copied anyway.
-    auto y = at::linear(x, *weight, bias).contiguous();
-    y.view({rows.size(0), U.size(0)}).addmm_(h, D.t());
-    return {y, h};
-  }
-  auto y = bias ? at::addmm(*bias, h, D.t()) : at::mm(h, D.t());
-  if (weight) y.addmm_(rows, weight->t());
-  return {y.view(with_last(x, U.size(0))), h};
+  return {linear_plus(x, rows, weight, bias, h, fold(U, S0, s, o)), h};
 }
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor> linear_backward(const at::Tensor& dy, const at::Tensor& h,

@@ -30,6 +30,9 @@ TORCH_LIBRARY(osora, m) {
       "linear_multi(Tensor x, Tensor? weight, Tensor? bias, Tensor U, Tensor V, Tensor S0, Tensor s, Tensor o,"
       " Tensor index, Tensor? ranks=None) -> Tensor");
 
+  // y[..., d] += (x V) D^T in place, for a base that owns its product (a quantised one)  ->  h[n, r] = x V.
+  m.def("linear_add_(Tensor(a!) y, Tensor x, Tensor U, Tensor V, Tensor S0, Tensor s, Tensor o) -> Tensor");
+
   // weights: matrices [d, k] of one shape; keys: one integer per matrix, part of its random stream.
   // -> U [B, d, r], S [B, r], V [B, k, r], residuals [B, r], converged [B] bool, passes [B], method [B], columns [B],
   // Frobenius norms [B]. max_memory: bytes beyond the weights and the answer; 0 for no limit.

@@ -81,9 +81,12 @@ class OsoraLinear(nn.Module):
         """x [..., in_features] → [..., out_features]."""
         if self.merged or not self.enabled:
             return self.base_layer(x)
-        if (self.training and self.dropout > 0) or _has_hooks(self.base_layer):
-            branch = nn.functional.dropout(x, self.dropout, self.training)
-            return self.base_layer(x) + ops.linear(branch, None, None, self.U, self.V, self.S0, self.s, self.o)
+        hooked = _has_hooks(self.base_layer)
+        if hooked or (self.training and self.dropout > 0):
+            branch, y = nn.functional.dropout(x, self.dropout, self.training), self.base_layer(x)
+            if hooked or _has_global_hooks():  # which may keep y
+                return y + ops.linear(branch, None, None, self.U, self.V, self.S0, self.s, self.o)
+            return ops.linear_add_(y, branch, self.U, self.V, self.S0, self.s, self.o)
         return ops.linear(x, oriented_weight(self.base_layer), self.bias, self.U, self.V, self.S0, self.s, self.o)
 
     @torch.no_grad()
@@ -164,3 +167,8 @@ def _has_hooks(module: nn.Module) -> bool:
         module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
     )
     return bool(hooked) or "forward" in module.__dict__
+
+
+def _has_global_hooks() -> bool:
+    """Whether hooks on the calls of every module are registered; they see the base layer only where it is called."""
+    return bool(torch.nn.modules.module._has_any_global_hook())

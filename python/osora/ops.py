@@ -86,6 +86,12 @@ def _(
     return x.new_empty((*x.shape[:-1], U.shape[0]))
 
 
+@torch.library.register_fake("osora::linear_add_")
+def _(y: Tensor, x: Tensor, U: Tensor, V: Tensor, S0: Tensor, s: Tensor, o: Tensor) -> Tensor:
+    _one_device("linear_add_", y, x, U, V, S0, s, o)
+    return x.new_empty((math.prod(x.shape[:-1]), U.shape[1]))
+
+
 @torch.library.register_fake("osora::truncated_svd")
 def _(
     weights: Sequence[Tensor],
@@ -246,6 +252,22 @@ def _autocast(x: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None, bo
     return x.to(dtype), None if bias is None else bias.to(dtype), True
 
 
+class _LinearAdd(torch.autograd.Function):
+    """``osora::linear_add_`` for autograd; its inputs are those of ``osora::linear`` with y before them."""
+
+    @staticmethod
+    def forward(ctx: Any, autocast: bool, y: Tensor, *inputs: Tensor | None) -> Tensor:
+        x, _, _, *rest = _cast_frozen(inputs) if autocast else inputs
+        h = _ops.linear_add_(y, x, *rest)
+        ctx.mark_dirty(y)
+        _linear_save(ctx, inputs, h)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        return None, dy, *_linear_gradient(ctx, dy)
+
+
 # -- what to call ----------------------------------------------------------------------------------------------------
 
 
@@ -343,6 +365,45 @@ def linear_multi(
     return _ops.linear_multi(*(_cast_frozen(inputs) if autocast else inputs), index, ranks)
 
 
+def linear_add_(y: Tensor, x: Tensor, U: Tensor, V: Tensor, S0: Tensor, s: Tensor, o: Tensor) -> Tensor:
+    """Add the adapter's branch to a given y, in place: ``y += (x V) Dᵀ``, ``D = U ⊙ (o (S0 + s) + s)``.
+
+    For a base that computes its own product, such as a quantised one. Differentiable in y (which it passes through),
+    x, s and o; for the backward it saves ``h = x V`` [n, r] and nothing else beside the parameters. torch's rules for
+    operators in place hold: whoever saved y for a backward is told. Under ``torch.autocast`` x, U and V take y's
+    dtype, which cannot change. Under ``torch.compile`` the branch is computed apart and added: one more tensor of y's
+    size, and in 16 bits one more rounding.
+
+    Args:
+        y: [..., d] in any layout without overlap. One whose rows do not form a matrix is copied, and copied back.
+        x: input [..., k], in y's dtype.
+        U, V, S0, s, o: as for :func:`linear`.
+
+    Returns:
+        y itself.
+
+    Raises:
+        RuntimeError: wrong shape, dtype or device, naming the argument; y overlaps itself or another argument; y is a
+            leaf that requires a gradient; a frozen argument requires one; double backward.
+    """
+    if torch.compiler.is_compiling():  # an operator that writes to an argument has no derivative there
+        return y.add_(linear(x, None, None, U, V, S0, s, o))
+    x, _, autocast = _autocast(x, None)
+    x = x.to(y.dtype) if autocast else x
+    inputs = (x, None, None, U, V, S0, s, o)
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (y, *inputs)):
+        if y.requires_grad and (y.is_leaf or (y._base is not None and y._base.is_leaf)):
+            raise RuntimeError(
+                "osora.ops.linear_add_: y is a leaf that requires a gradient, or a view of one, and would be changed "
+                "in place; give a clone(), or call it under torch.no_grad()"
+            )
+        _refuse_frozen("linear_add_", {"U": U.requires_grad, "V": V.requires_grad, "S0": S0.requires_grad})
+        return _LinearAdd.apply(autocast, y, *inputs)
+    inputs = _cast_frozen(inputs) if autocast else inputs
+    _ops.linear_add_(y, *(t for t in inputs if t is not None))
+    return y
+
+
 # -- CUDA tensors without a CUDA build -------------------------------------------------------------------------------
 
 _warned = False
@@ -372,5 +433,6 @@ if not _load._C.build_info()["cuda"]:
         reference.linear,
         reference.linear_backward,
         reference.linear_multi,
+        reference.linear_add_,
     ):
         _fallbacks.impl(_function.__name__, _served_by_reference(_function), "CUDA")

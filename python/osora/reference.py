@@ -212,6 +212,17 @@ def linear_multi(
     return multi_combine(y.reshape(len(rows), d), t, o, index).reshape(*leading, d)
 
 
+def linear_add_(y: Tensor, x: Tensor, U: Tensor, V: Tensor, S0: Tensor, s: Tensor, o: Tensor) -> Tensor:
+    """``y += h Dᵀ`` in place, for y [..., d] and ``h = x V`` of x [..., k].
+
+    Returns:
+        h [n, r], the only tensor the backward needs beside the parameters; y's gradient passes through.
+    """
+    branch, h = linear(x, None, None, U, V, S0, s, o)
+    y.add_(branch)
+    return h
+
+
 def truncated_svd(weight: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The top ``rank`` singular triplets from a full float64 decomposition, with the residuals of the triplets.
 
