@@ -130,8 +130,8 @@ def test_local_memory_is_not_used_and_there_are_no_atomics(compiled, card):
         assert count(found, r"ATOM|RED\b") == 0, name
 
 
-# Per file, how many kernels have a fast path: fold and fold_backward, or scale and combine, for four types each. Mangled
-# template arguments: Li8E is 8 numbers per lane (16-bit types), Li4E float32, Li2E float64.
+# Per file, how many kernels have a fast path: fold and fold_backward, or scale and combine, for four types each.
+# Mangled template arguments: Li8E is 8 numbers per lane (16-bit types), Li4E float32, Li2E float64.
 FAST = {"fold": 8, "multi": 8}
 
 
@@ -145,3 +145,14 @@ def test_the_fast_path_moves_16_bytes_at_once(compiled, card):
         assert count(found, r"LDG\.E\.128") > 0, name
         if "fold_backward" not in name:
             assert count(found, r"STG\.E\.128") > 0 and count(found, r"STG") == count(found, r"STG\.E\.128"), name
+
+
+@pytest.mark.parametrize("card", CARDS)
+def test_the_fold_of_many_layers_moves_16_bytes_where_it_can(compiled, card):
+    """Both paths are in one kernel: a layer's alignment is known at run time."""
+    if compiled.object.stem != "fold_many":
+        pytest.skip("not that fold")
+    found = instructions(compiled.object, card)
+    assert len(found) == 4, "four types"
+    for name, kernel in found.items():
+        assert count(kernel, r"LDG\.E\.128") > 0 and count(kernel, r"STG\.E\.128") > 0, name
