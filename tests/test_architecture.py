@@ -19,7 +19,7 @@ LAYERS = [
     {"ops"},
     {"factors", "spectrum", "config", "fingerprint"},
     {"layers", "targets", "regularizer", "stream", "schedule"},
-    {"patch", "summary", "checkpoint", "merge", "export", "distributed"},
+    {"adapters", "patch", "summary", "checkpoint", "merge", "export", "distributed"},
     {"cli", "peft", "trainer"},
 ]
 LEAVES = LAYERS[-1]

@@ -2,6 +2,14 @@
 """SVD-initialised fine-tuning that never touches the base weight. Start with README.md or :func:`attach`."""
 
 from osora._load import _C
+from osora.adapters import (
+    active_adapter,
+    adapter_names,
+    adapters_in_batch,
+    add_adapter,
+    remove_adapter,
+    set_adapter,
+)
 from osora.checkpoint import AdapterError, load_adapter, save_adapter
 from osora.config import OsoraConfig
 from osora.factors import ConvergenceError, SvdPlan, TruncatedSVD, svd_plan, truncated_svd
@@ -22,7 +30,11 @@ __all__ = [
     "SvdPlan",
     "TruncatedSVD",
     "__version__",
+    "active_adapter",
+    "adapter_names",
     "adapter_parameters",
+    "adapters_in_batch",
+    "add_adapter",
     "attach",
     "build_info",
     "detach",
@@ -30,7 +42,9 @@ __all__ = [
     "load_adapter",
     "merge",
     "rank_for_energy",
+    "remove_adapter",
     "save_adapter",
+    "set_adapter",
     "spectrum",
     "summary",
     "svd_plan",
