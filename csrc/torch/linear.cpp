@@ -53,6 +53,21 @@ at::Tensor outer_sum(const at::Tensor& dy, const at::Tensor& h) {
   return P;
 }
 
+// y = x W^T + bias + h D^T for the rows of x.
+at::Tensor plus(const at::Tensor& x, const at::Tensor& rows, const Optional& weight, const Optional& bias,
+                const at::Tensor& h, const at::Tensor& D) {
+  if (weight && x.dim() > 2 && !x.is_contiguous()) {
+    // torch's own linear multiplies such an x matrix by matrix and rounds before it adds the bias. So that an adapter
+    // of zeros gives its very bits, it comes first here; such an x is rare, and copied anyway.
+    auto y = at::linear(x, *weight, bias).contiguous();
+    y.view({h.size(0), D.size(0)}).addmm_(h, D.t());
+    return y;
+  }
+  auto y = bias ? at::addmm(*bias, h, D.t()) : at::mm(h, D.t());
+  if (weight) y.addmm_(rows, weight->t());
+  return y.view(with_last(x, D.size(0)));
+}
+
 std::tuple<at::Tensor, at::Tensor> linear(const at::Tensor& x, const Optional& weight, const Optional& bias,
                                           const at::Tensor& U, const at::Tensor& V, const at::Tensor& S0,
                                           const at::Tensor& s, const at::Tensor& o) {
@@ -60,17 +75,20 @@ std::tuple<at::Tensor, at::Tensor> linear(const at::Tensor& x, const Optional& w
   const OperatorGuard guard(x.device());
   const auto rows = as_rows(x);
   auto h = at::mm(rows, V);
-  const auto D = fold(U, S0, s, o);
-  if (weight && x.dim() > 2 && !x.is_contiguous()) {
-    // torch's own linear multiplies such an x matrix by matrix and rounds before it adds the bias. So that an adapter
-    // of zeros gives its very bits, it comes first here; such an x is rare, and copied anyway.
-    auto y = at::linear(x, *weight, bias).contiguous();
-    y.view({rows.size(0), U.size(0)}).addmm_(h, D.t());
-    return {y, h};
-  }
-  auto y = bias ? at::addmm(*bias, h, D.t()) : at::mm(h, D.t());
-  if (weight) y.addmm_(rows, weight->t());
-  return {y.view(with_last(x, U.size(0))), h};
+  return {plus(x, rows, weight, bias, h, fold(U, S0, s, o)), h};
+}
+
+at::Tensor down(const at::Tensor& x, const at::Tensor& V) {
+  check_down(x, V);
+  const OperatorGuard guard(x.device());
+  return at::mm(as_rows(x), V);
+}
+
+at::Tensor up(const at::Tensor& x, const at::Tensor& h, const Optional& weight, const Optional& bias,
+              const at::Tensor& U, const at::Tensor& S0, const at::Tensor& s, const at::Tensor& o) {
+  check_up(x, h, weight, bias, U, S0, s, o);
+  const OperatorGuard guard(x.device());
+  return plus(x, as_rows(x), weight, bias, h, fold(U, S0, s, o));
 }
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor> linear_backward(const at::Tensor& dy, const at::Tensor& h,
@@ -97,12 +115,16 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> linear_backward(const at::Tensor&
 
 TORCH_LIBRARY_IMPL(osora, CPU, m) {
   m.impl("linear", &linear);
+  m.impl("down", &down);
+  m.impl("up", &up);
   m.impl("linear_backward", &linear_backward);
 }
 
 #ifdef OSORA_CUDA
 TORCH_LIBRARY_IMPL(osora, CUDA, m) {
   m.impl("linear", &linear);
+  m.impl("down", &down);
+  m.impl("up", &up);
   m.impl("linear_backward", &linear_backward);
 }
 #endif
