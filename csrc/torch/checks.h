@@ -151,6 +151,40 @@ inline void check_linear_multi(const at::Tensor& x, const std::optional<at::Tens
   check_range_on_cpu(op, "ranks", *ranks, 0, U.size(1), "the basis has no more columns");
 }
 
+inline void check_down(const at::Tensor& x, const at::Tensor& V) {
+  TORCH_CHECK(V.dim() == 2, "osora::down: V must be [in_features, rank], got shape ", V.sizes());
+  TORCH_CHECK(is_supported_float(V.scalar_type()), "osora::down: V must be float64, float32, bfloat16 or float16, got ",
+              V.scalar_type());
+  TORCH_CHECK(x.dim() >= 1 && x.size(-1) == V.size(0),
+              "osora::down: the last dimension of x must be in_features = ", V.size(0), ", got shape ", x.sizes());
+  TORCH_CHECK(x.scalar_type() == V.scalar_type() && x.device() == V.device(),
+              "osora::down: x must have V's dtype and device (", V.scalar_type(), " on ", V.device(), "), got ",
+              x.scalar_type(), " on ", x.device());
+}
+
+// x, weight and bias as check_linear has them, with h in V's place.
+inline void check_up(const at::Tensor& x, const at::Tensor& h, const std::optional<at::Tensor>& weight,
+                     const std::optional<at::Tensor>& bias, const at::Tensor& U, const at::Tensor& S0,
+                     const at::Tensor& s, const at::Tensor& o) {
+  check_factors("osora::up", U, S0, s, o);
+  TORCH_CHECK(x.dim() >= 1, "osora::up: x must be [..., in_features], got shape ", x.sizes());
+  int64_t n = 1;
+  for (int64_t i = 0; i + 1 < x.dim(); ++i) n *= x.size(i);
+  TORCH_CHECK(h.dim() == 2 && h.size(0) == n && h.size(1) == U.size(1), "osora::up: h must be [n, rank] = [", n, ", ",
+              U.size(1), "], got shape ", h.sizes());
+  TORCH_CHECK(!weight || (weight->dim() == 2 && weight->size(0) == U.size(0) && weight->size(1) == x.size(-1)),
+              "osora::up: weight must be [out_features, in_features] = [", U.size(0), ", ", x.size(-1), "], got shape ",
+              weight ? weight->sizes() : at::IntArrayRef{});
+  TORCH_CHECK(!bias || (weight && bias->dim() == 1 && bias->size(0) == U.size(0)),
+              "osora::up: bias must be [out_features] = [", U.size(0), "], and needs a weight, got shape ",
+              bias ? bias->sizes() : at::IntArrayRef{});
+  for (const auto* t : {&x, &h, weight ? &*weight : &x, bias ? &*bias : &x}) {
+    TORCH_CHECK(t->scalar_type() == U.scalar_type() && t->device() == U.device(),
+                "osora::up: x, h, weight, bias and U must share one dtype and device (", U.scalar_type(), " on ",
+                U.device(), "), got ", t->scalar_type(), " on ", t->device());
+  }
+}
+
 inline void check_linear_backward(const at::Tensor& dy, const at::Tensor& h, const std::optional<at::Tensor>& weight,
                                   const at::Tensor& U, const at::Tensor& V, const at::Tensor& S0, const at::Tensor& s,
                                   const at::Tensor& o) {

@@ -45,8 +45,21 @@ std::tuple<at::Tensor, at::Tensor> linear(const at::Tensor& x, const Optional& w
   check_linear(x, weight, bias, U, V, S0, s, o);
   const OperatorGuard guard(x.device());
   const auto rows = as_rows(x);
-  auto h = down(rows, V);
+  auto h = down_product(rows, V);
   return {linear_plus(x, rows, weight, bias, h, fold(U, S0, s, o)), h};
+}
+
+at::Tensor down(const at::Tensor& x, const at::Tensor& V) {
+  check_down(x, V);
+  const OperatorGuard guard(x.device());
+  return down_product(as_rows(x), V);
+}
+
+at::Tensor up(const at::Tensor& x, const at::Tensor& h, const Optional& weight, const Optional& bias,
+              const at::Tensor& U, const at::Tensor& S0, const at::Tensor& s, const at::Tensor& o) {
+  check_up(x, h, weight, bias, U, S0, s, o);
+  const OperatorGuard guard(x.device());
+  return linear_plus(x, as_rows(x), weight, bias, h, fold(U, S0, s, o));
 }
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor> linear_backward(const at::Tensor& dy, const at::Tensor& h,
@@ -73,12 +86,16 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> linear_backward(const at::Tensor&
 
 TORCH_LIBRARY_IMPL(osora, CPU, m) {
   m.impl("linear", &linear);
+  m.impl("down", &down);
+  m.impl("up", &up);
   m.impl("linear_backward", &linear_backward);
 }
 
 #ifdef OSORA_CUDA
 TORCH_LIBRARY_IMPL(osora, CUDA, m) {
   m.impl("linear", &linear);
+  m.impl("down", &down);
+  m.impl("up", &up);
   m.impl("linear_backward", &linear_backward);
 }
 #endif

@@ -42,7 +42,7 @@ at::Tensor linear_add_(at::Tensor& y, const at::Tensor& x, const at::Tensor& U, 
                        const at::Tensor& S0, const at::Tensor& s, const at::Tensor& o) {
   check_linear_add(y, x, U, V, S0, s, o);
   const OperatorGuard guard(x.device());
-  auto h = down(as_rows(x), V);
+  auto h = down_product(as_rows(x), V);
   add_product(y, h, fold(U, S0, s, o));
   // The guard hides the writes above from autograd; whoever saved y must hear of them.
   y.unsafeGetTensorImpl()->bump_version();

@@ -34,7 +34,7 @@ at::Tensor linear_multi(const at::Tensor& x, const Optional& weight, const Optio
   const auto adapters = index_of_rows(index, x);
   // torch's own linear, on x as it came, so that rows of the base have its very bits.
   auto y = weight ? at::linear(x, *weight, bias).contiguous() : at::zeros(with_last(x, U.size(0)), x.options());
-  const auto t = at::mm(multi_scale(down(rows, V), S0, s, ranks, adapters), U.t());
+  const auto t = at::mm(multi_scale(down_product(rows, V), S0, s, ranks, adapters), U.t());
   auto y_rows = y.view({rows.size(0), U.size(0)});
   multi_combine(y_rows, t, o, adapters);
   return y;

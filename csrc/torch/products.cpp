@@ -65,7 +65,7 @@ at::Tensor product_by_rows(const at::Tensor& a, const at::Tensor& b) {
 
 }  // namespace
 
-at::Tensor down(const at::Tensor& x, const at::Tensor& V) {
+at::Tensor down_product(const at::Tensor& x, const at::Tensor& V) {
   const bool blas = x.is_cpu() && (x.scalar_type() == at::kFloat || x.scalar_type() == at::kDouble);
   return blas ? product_by_rows(x, V) : at::mm(x, V);
 }

@@ -7,7 +7,7 @@
 namespace osora {
 
 // h [n, r] = x V for x [n, k] and V [k, r] of one dtype, any strides: the tensor that is saved for the backward.
-at::Tensor down(const at::Tensor& x, const at::Tensor& V);
+at::Tensor down_product(const at::Tensor& x, const at::Tensor& V);
 // P [d, r] = dy^T h for dy [n, d] and h [n, r], summed over all rows in the accumulation dtype.
 at::Tensor outer_sum(const at::Tensor& dy, const at::Tensor& h);
 

@@ -20,6 +20,9 @@ TORCH_LIBRARY(osora, m) {
   m.def(
       "linear(Tensor x, Tensor? weight, Tensor? bias, Tensor U, Tensor V, Tensor S0, Tensor s, Tensor o)"
       " -> (Tensor, Tensor)");
+  // The two halves of linear, for those who keep h and compute y again: h = x V, y = x W^T + bias + h D^T.
+  m.def("down(Tensor x, Tensor V) -> Tensor");
+  m.def("up(Tensor x, Tensor h, Tensor? weight, Tensor? bias, Tensor U, Tensor S0, Tensor s, Tensor o) -> Tensor");
   // dy[n, d], h[n, r]  ->  dx[n, k], ds[r], do[d]; what is not needed comes back empty, [0].
   m.def(
       "linear_backward(Tensor dy, Tensor h, Tensor? weight, Tensor U, Tensor V, Tensor S0, Tensor s, Tensor o,"

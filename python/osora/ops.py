@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from osora import _load, reference
 
@@ -51,6 +52,20 @@ def _(
     _one_device("linear", x, weight, bias, U, V, S0, s, o)
     rows = math.prod(x.shape[:-1])
     return x.new_empty((*x.shape[:-1], U.shape[0])), x.new_empty((rows, U.shape[1]))
+
+
+@torch.library.register_fake("osora::down")
+def _(x: Tensor, V: Tensor) -> Tensor:
+    _one_device("down", x, V)
+    return x.new_empty((math.prod(x.shape[:-1]), V.shape[1]))
+
+
+@torch.library.register_fake("osora::up")
+def _(
+    x: Tensor, h: Tensor, weight: Tensor | None, bias: Tensor | None, U: Tensor, S0: Tensor, s: Tensor, o: Tensor
+) -> Tensor:
+    _one_device("up", x, h, weight, bias, U, S0, s, o)
+    return x.new_empty((*x.shape[:-1], U.shape[0]))
 
 
 @torch.library.register_fake("osora::linear_backward")
@@ -221,8 +236,8 @@ torch.library.register_autograd("osora::linear", _registered_gradient, setup_con
 def _no_double_backward(name: str) -> Callable:
     def backward(ctx: Any, *grads: Tensor) -> None:
         raise RuntimeError(
-            f"{name} has no derivative of its own: double backward (create_graph=True, torch.func.hessian, gradient "
-            "penalties) is not supported through osora's operators"
+            f"{name} has no derivative of its own: double backward (create_graph=True, gradient penalties) is not "
+            "supported through osora's operators; torch.func.grad and torch.func.hessian are"
         )
 
     return backward
@@ -242,19 +257,49 @@ def _refuse_training(*_: Any, **__: Any) -> None:
 torch.library.register_autograd("osora::linear_multi", _refuse_training, setup_context=_refuse_training)
 
 
+def _half_backward(ctx: Any, *grads: Tensor) -> None:
+    raise RuntimeError("osora::down and osora::up have no derivatives of their own: call osora.ops.linear, which has")
+
+
+for _name in ("osora::down", "osora::up"):
+    torch.library.register_autograd(_name, _half_backward)
+
+
 class _Linear(torch.autograd.Function):
     """``osora::linear`` for autograd. About 40 us a call cheaper than an operator's registered derivative."""
 
     @staticmethod
-    def forward(ctx: Any, autocast: bool, *inputs: Tensor | None) -> Tensor:
+    def forward(ctx: Any, cast: bool, *inputs: Tensor | None) -> Tensor:
         # The frozen tensors are cast here and once more in the backward: a 16-bit copy is not worth keeping.
-        y, h = _ops.linear(*(_cast_frozen(inputs) if autocast else inputs))
+        x, weight, bias, U, V, *deltas = _cast_frozen(inputs) if cast else inputs
+        if _watched():
+            h = _ops.down(x, V)
+            y = _ops.up(x, h, weight, bias, U, *deltas)
+        else:
+            y, h = _ops.linear(x, weight, bias, U, V, *deltas)
         _linear_save(ctx, inputs, h)
         return y
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         return None, *_linear_gradient(ctx, dy)
+
+
+def _watched() -> bool:
+    """Whether someone decides operator by operator: a compiler, or a policy of selective activation checkpointing.
+
+    For them h is an operator of its own, ``osora::down``, so that it can be kept without y. The same bits, but one
+    call more.
+    """
+    return torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0
+
+
+def _transformed() -> bool:
+    """Inside a transform of torch.func, or forward-mode differentiation: they see through plain torch alone."""
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+
+
+_HALVES = (torch.bfloat16, torch.float16)
 
 
 def _cast_frozen(inputs: tuple) -> tuple:
@@ -294,9 +339,10 @@ class _LinearAdd(torch.autograd.Function):
 def fold(U: Tensor, S0: Tensor, s: Tensor, o: Tensor) -> Tensor:
     """The adapter as one matrix D [d, r], ``W = W0 + D Vᵀ``; see :func:`osora.reference.fold`.
 
-    Differentiable in s and o. Raises RuntimeError for wrong shapes, dtypes or devices, naming the argument.
+    Differentiable in s and o. Raises RuntimeError for wrong shapes, dtypes or devices, naming the argument. Under
+    torch.func and forward-mode differentiation it is plain torch.
     """
-    return _ops.fold(U, S0, s, o)
+    return reference.fold(U, S0, s, o) if _transformed() else _ops.fold(U, S0, s, o)
 
 
 def fold_many(U: Sequence[Tensor], S0: Sequence[Tensor], s: Sequence[Tensor], o: Sequence[Tensor]) -> list[Tensor]:
@@ -335,12 +381,17 @@ def linear(
     Differentiable in x, bias, s and o. For the backward it saves ``h = x V`` [n, r] and nothing else beside the
     parameters. Under ``torch.autocast`` x, weight, bias, U and V take the autocast dtype; S0, s and o never do.
 
+    The transforms of torch.func and forward-mode differentiation get :func:`osora.reference.linear`, plain torch that
+    they can see through: every one of them works, at the memory of plain torch. To selective activation checkpointing
+    and to compilers h is the output of ``torch.ops.osora.down``.
+
     Args:
         x: input [..., k].
         weight: frozen base weight [d, k] in any strides, or None for the adapter's branch alone.
         bias: [d] or None; it is not scaled by O.
-        U: left singular vectors [d, r], in x's dtype.
-        V: right singular vectors [k, r], in x's dtype.
+        U: left singular vectors [d, r], in x's dtype; float32 too, with V, for 16-bit x and weight (FSDP2 casts
+            parameters and no buffers): both are cast, and what is kept are the float32 ones.
+        V: right singular vectors [k, r], as U.
         S0: singular values [r], float32 (float64 for float64 x).
         s: change of the singular values [r], float32 (float64); 16-bit is accepted.
         o: change of the output scales, O − 1, [d], as s.
@@ -352,11 +403,18 @@ def linear(
         RuntimeError: wrong shape, dtype or device, naming the argument; weight, U, V or S0 require a gradient; double
             backward.
     """
-    x, bias, autocast = _autocast(x, bias)
+    x, bias, cast = _autocast(x, bias)
+    # FSDP2's MixedPrecisionPolicy casts parameters to 16 bits, and leaves buffers, such as U and V, in float32.
+    narrowed = x.dtype in _HALVES and U.dtype == V.dtype == torch.float32
+    cast = cast or (narrowed and (weight is None or weight.dtype == x.dtype))
     inputs = (x, weight, bias, U, V, S0, s, o)
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs):
-        return _Linear.apply(autocast, *inputs)
-    return _ops.linear(*(_cast_frozen(inputs) if autocast else inputs))[0]
+    transformed = _transformed()
+    trained = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs)
+    # An exported graph has the operator itself, whose registered derivative serves whoever trains it.
+    if trained and not transformed and not torch.compiler.is_exporting():
+        return _Linear.apply(cast, *inputs)
+    inputs = _cast_frozen(inputs) if cast else inputs
+    return (reference.linear if transformed else _ops.linear)(*inputs)[0]
 
 
 def linear_multi(
@@ -473,6 +531,8 @@ if not _load._C.build_info()["cuda"]:
         reference.fold_many,
         reference.fold_backward,
         reference.linear,
+        reference.down,
+        reference.up,
         reference.linear_backward,
         reference.linear_multi,
         reference.linear_add_,

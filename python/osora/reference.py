@@ -84,14 +84,25 @@ def linear(
     Returns:
         y [..., d] and h [n, r], the only tensor the backward needs beside the parameters.
     """
-    rows = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
-    h = rows @ V
+    h = down(x, V)
+    return up(x, h, weight, bias, U, S0, s, o), h
+
+
+def down(x: Tensor, V: Tensor) -> Tensor:
+    """The first half of :func:`linear`: ``h = x V`` [n, r] for x [..., k]."""
+    return x.reshape(math.prod(x.shape[:-1]), x.shape[-1]) @ V
+
+
+def up(
+    x: Tensor, h: Tensor, weight: Tensor | None, bias: Tensor | None, U: Tensor, S0: Tensor, s: Tensor, o: Tensor
+) -> Tensor:
+    """The second half of :func:`linear`: ``y = x W0ᵀ + bias + h Dᵀ`` [..., d]."""
     y = h @ fold(U, S0, s, o).t()
     if bias is not None:
         y = y + bias
     if weight is not None:
-        y = y + rows @ weight.t()
-    return y.reshape(*x.shape[:-1], U.shape[0]), h
+        y = y + x.reshape(math.prod(x.shape[:-1]), x.shape[-1]) @ weight.t()
+    return y.reshape(*x.shape[:-1], U.shape[0])
 
 
 def linear_backward(
