@@ -17,6 +17,7 @@ LAYERS = [
     {"_C"},
     {"_load"},
     {"ops"},
+    {"ops_sorsa"},
     {"factors", "spectrum", "config", "fingerprint"},
     {"layers", "targets", "regularizer", "stream", "schedule"},
     {"adapters", "patch", "summary", "checkpoint", "merge", "export", "distributed"},

@@ -74,7 +74,7 @@ at::Tensor outer_sum(const at::Tensor& dy, const at::Tensor& h) {
   const auto exact = accumulate_type(dy.scalar_type());
   if (dy.is_cuda()) return exact == dy.scalar_type() ? at::mm(dy.t(), h) : at::mm(dy.t(), h, exact);
 #ifdef OSORA_X86_64
-  if (dy.scalar_type() == at::kBFloat16 && cpu::features().amx && dy.stride(1) == 1 && h.is_contiguous()) {
+  if (dy.scalar_type() == at::kBFloat16 && cpu::features().amx && dy.stride(1) == 1 && h.stride(1) == 1) {
     return outer_sum_amx(dy, h);
   }
 #endif

@@ -46,4 +46,18 @@ TORCH_LIBRARY(osora, m) {
       " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
   // What truncated_svd will do with a matrix [d, k] -> method, block, keep, basis, bytes beyond the weight.
   m.def("svd_plan(int d, int k, int rank, int itemsize, str method, bool cuda, int threads) -> int[]");
+
+  // SORSA. Trained are u [d, r], s [r], v [k, r], the changes of the singular triplets U0, S0, V0; with U = U0 + u and
+  // so on, W + U S V^T - U0 S0 V0^T = W + A V0^T + B v^T for A = u S + U0 s and B = U S.
+  m.set_python_module("osora.ops_sorsa");
+  // y[n, d] = x W^T + bias + (x V0) A^T + (x v) B^T and h[n, r] = x V. Without a weight: the adapter's branch alone.
+  m.def(
+      "sorsa_linear(Tensor x, Tensor? weight, Tensor? bias, Tensor U0, Tensor S0, Tensor V0, Tensor u, Tensor s,"
+      " Tensor v) -> (Tensor, Tensor)");
+  // dy[n, d], x[n, k] (for dv), h[n, r] (for du and ds)  ->  dx[n, k], du[d, r], ds[r], dv[k, r]; what is not needed
+  // comes back empty, [0].
+  m.def(
+      "sorsa_linear_backward(Tensor dy, Tensor? x, Tensor? h, Tensor? weight, Tensor U0, Tensor S0, Tensor V0, Tensor "
+      "u,"
+      " Tensor s, Tensor v, bool need_x, bool need_u, bool need_s, bool need_v) -> (Tensor, Tensor, Tensor, Tensor)");
 }

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """SVD-initialised fine-tuning that never touches the base weight. Start with README.md or :func:`attach`."""
 
+from osora import ops_sorsa as ops_sorsa  # its operators exist as soon as osora is imported
 from osora._load import _C
 from osora.adapters import (
     active_adapter,

@@ -524,17 +524,24 @@ def _served_by_reference(function: Callable) -> Callable:
     return slow
 
 
-if not _load._C.build_info()["cuda"]:
-    _fallbacks = torch.library.Library("osora", "IMPL")
-    for _function in (
-        reference.fold,
-        reference.fold_many,
-        reference.fold_backward,
-        reference.linear,
-        reference.down,
-        reference.up,
-        reference.linear_backward,
-        reference.linear_multi,
-        reference.linear_add_,
-    ):
-        _fallbacks.impl(_function.__name__, _served_by_reference(_function), "CUDA")
+_fallbacks = torch.library.Library("osora", "IMPL")
+
+
+def _serve_by_reference(*functions: Callable) -> None:
+    """Where osora was built without CUDA, these functions of plain torch are the operators of their names there."""
+    if not _load._C.build_info()["cuda"]:
+        for function in functions:
+            _fallbacks.impl(function.__name__, _served_by_reference(function), "CUDA")
+
+
+_serve_by_reference(
+    reference.fold,
+    reference.fold_many,
+    reference.fold_backward,
+    reference.linear,
+    reference.down,
+    reference.up,
+    reference.linear_backward,
+    reference.linear_multi,
+    reference.linear_add_,
+)

@@ -240,6 +240,96 @@ def linear_add_(y: Tensor, x: Tensor, U: Tensor, V: Tensor, S0: Tensor, s: Tenso
     return h
 
 
+def sorsa_linear(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    U0: Tensor,
+    S0: Tensor,
+    V0: Tensor,
+    u: Tensor,
+    s: Tensor,
+    v: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """``y = x W0ᵀ + bias + (x V0) Aᵀ + (x v) Bᵀ`` with ``A = u S + U0 s``, ``B = U S``, and ``h = x V``.
+
+    With ``U = U0 + u``, ``S = S0 + s``, ``V = V0 + v``, ``A V0ᵀ + B vᵀ`` is ``U diag(S) Vᵀ − U0 diag(S0) V0ᵀ`` without
+    a difference of large numbers (SORSA, arXiv 2409.00055).
+
+    Args:
+        x: input [..., k]; x, weight, bias, U0 and V0 share one dtype.
+        weight: frozen base weight [d, k], or None for the adapter's branch alone.
+        bias: [d] or None.
+        U0: left singular vectors at the start [d, r].
+        S0: singular values at the start [r].
+        V0: right singular vectors at the start [k, r].
+        u: trained change of the left vectors [d, r].
+        s: trained change of the singular values [r].
+        v: trained change of the right vectors [k, r].
+
+    Returns:
+        y [..., d] and h [n, r].
+    """
+    rows = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
+    A, B, v = _sorsa_fold(U0, S0, u, s, v)
+    start, change = rows @ V0, rows @ v
+    y = start @ A.t() + change @ B.t()
+    if bias is not None:
+        y = y + bias
+    if weight is not None:
+        y = y + rows @ weight.t()
+    return y.reshape(*x.shape[:-1], U0.shape[0]), start + change
+
+
+def sorsa_linear_backward(
+    dy: Tensor,
+    x: Tensor | None,
+    h: Tensor | None,
+    weight: Tensor | None,
+    U0: Tensor,
+    S0: Tensor,
+    V0: Tensor,
+    u: Tensor,
+    s: Tensor,
+    v: Tensor,
+    need_x: bool = True,
+    need_u: bool = True,
+    need_s: bool = True,
+    need_v: bool = True,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of :func:`sorsa_linear`; x is read for dv alone, h for du and ds.
+
+    ``dx = dy W0 + (dy A) V0ᵀ + (dy B) vᵀ``, ``dv = xᵀ (dy B)``, and from ``P = dyᵀ h``: ``du = P S``,
+    ``ds[j] = Σᵢ U[i, j] P[i, j]``.
+
+    Returns:
+        dx [..., k] in dy's dtype; du [d, r], ds [r], dv [k, r] in float32 (float64); what is not needed is empty, [0].
+    """
+    exact = accumulate_dtype(dy.dtype)
+    rows = dy.reshape(math.prod(dy.shape[:-1]), U0.shape[0])
+    A, B, v = _sorsa_fold(U0, S0, u, s, v)
+    dx, (du, ds, dv) = dy.new_empty(0), (S0.new_empty(0) for _ in range(3))
+    if need_x:
+        dx = (rows @ A) @ V0.t() + (rows @ B) @ v.t()
+        if weight is not None:
+            dx = dx + rows @ weight
+        dx = dx.reshape(*dy.shape[:-1], V0.shape[0])
+    if need_v and x is not None:
+        dv = x.reshape(len(rows), V0.shape[0]).to(exact).t() @ (rows @ B).to(exact)
+    if (need_u or need_s) and h is not None:
+        P = rows.to(exact).t() @ h.to(exact)
+        ds = ((U0.to(exact) + u.to(exact)) * P).sum(0) if need_s else ds
+        du = P * (S0 + s.to(exact)) if need_u else du
+    return dx, du, ds, dv
+
+
+def _sorsa_fold(U0: Tensor, S0: Tensor, u: Tensor, s: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    exact = accumulate_dtype(U0.dtype)
+    frozen, u, s = U0.to(exact), u.to(exact), s.to(exact)
+    A, B = u * (S0 + s) + frozen * s, (frozen + u) * (S0 + s)
+    return A.to(U0.dtype), B.to(U0.dtype), v.to(U0.dtype)
+
+
 def truncated_svd(weight: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The top ``rank`` singular triplets from a full float64 decomposition, with the residuals of the triplets.
 
