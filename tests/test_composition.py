@@ -63,7 +63,9 @@ def loss(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
 
 # torch's own formulas for forward mode come through torch.jit.script, which torch deprecates
-forward_warns = pytest.mark.filterwarnings("ignore:`torch.jit.script:DeprecationWarning")
+forward_warns = pytest.mark.filterwarnings(  # torch 2.13 says the first, 2.14 the second
+    "ignore:`torch.jit.script:DeprecationWarning", "ignore:`torch.jit.script:FutureWarning"
+)
 
 TRANSFORMS = {
     "grad": lambda f, x: grad(loss(f), (0, 1, 2))(*x),
