@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from adapters import edit
+from adapters import edit, edit_tensors
 from helpers import logits, move_adapter, tiny_gpt2, tiny_llama, token_ids
 from torch import Tensor, nn
 
@@ -184,7 +184,14 @@ def test_inference_mode():
         context.__enter__()
         assert torch.equal(model(ids).logits, wish)
     assert torch.equal(logits(model, ids), wish)
-    context.__exit__(None, None, None)
+    osora.detach(model)
+    with torch.inference_mode():
+        model = three()
+        context = osora.adapters_in_batch(model, ["b", "c"])
+        context.__enter__()
+        wish = model(ids).logits
+    model.requires_grad_(False)
+    assert torch.equal(model(ids).logits, wish), "the context outlives the mode it was entered in"
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
@@ -634,7 +641,11 @@ def test_other_singular_values_are_refused(tmp_path):
     own = move_adapter(osora.attach(tiny_llama(), config(4)), 0.1)
     with torch.no_grad():
         list(osora_layers(own).values())[3].S0.mul_(1.01)
-    refused(three(), saved(own, tmp_path), AdapterError, r"o_proj: the adapters of a model share one basis")
+    folder = saved(own, tmp_path)
+    refused(three(), folder, AdapterError, r"o_proj: the adapters of a model share one basis.*basis_sketch off by")
+    edit_tensors(folder, lambda tensors: tensors["singular_values"][0].mul_(1.01))
+    words = r"0\.self_attn\.q_proj: the adapters of a model share one basis.*singular_values off by"
+    refused(three(), folder, AdapterError, words)
 
 
 def test_another_base_is_refused(tmp_path):

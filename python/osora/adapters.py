@@ -259,7 +259,7 @@ def adapters_in_batch(model: nn.Module, names: Sequence[str | None]) -> Iterator
         if layer.merged:
             raise ValueError(f"{name}: the adapter is merged: call osora.unmerge(model) first")
     before = {name: layer.batch for name, layer in layers.items()}
-    with torch.inference_mode(False), torch.no_grad():  # tensors that any later mode may use
+    with torch.no_grad():
         batches = {name: tables.of(layer) for name, layer in layers.items()}
     try:
         for name, layer in layers.items():

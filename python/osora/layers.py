@@ -180,8 +180,6 @@ class OsoraLinear(nn.Module):
         """Make o and s those of the adapter ``name``, or None where the layer has no such adapter."""
         if name is not None and name not in self.adapters():
             name = None
-        if name == self.adapter:
-            return
         for kind in "os":
             if self.adapter is not None:
                 self.register_parameter(f"{kind}@{self.adapter}", getattr(self, kind))
