@@ -141,10 +141,17 @@ def save_adapter(model: nn.Module, folder: str | os.PathLike[str], *, save_basis
             machine finds the same basis.
 
     Raises:
-        ValueError: no adapter, or NaN or infinite values in it.
+        ValueError: no adapter, or NaN or infinite values in it, or the model is sharded over processes.
         OSError: the folder cannot be written.
     """
     state, layers = state_of(model), adapted_layers(model)
+    for name, layer in layers.items():
+        for key, tensor in layer.named_parameters():
+            if hasattr(tensor, "full_tensor"):  # a DTensor, as FSDP2 makes it
+                raise ValueError(
+                    f"{name}.{key} is sharded over processes; load full_tensor() of every entry of its state_dict into "
+                    "an unsharded copy of the model, and save that"
+                )
     tensors: dict[str, Tensor] = {}
     for name, layer in layers.items():
         for key in ("o", "s", *(("U", "V") if save_basis else ())):
