@@ -151,12 +151,19 @@ def save_adapter(
         name: which of several adapters; None for the active one. The name itself is not in the file.
 
     Raises:
-        ValueError: no adapter, none of that name, or NaN or infinite values in it.
+        ValueError: no adapter, none of that name, or NaN or infinite values in it, or the model is sharded over processes.
         OSError: the folder cannot be written.
     """
     adapter = state_of(model).active if name is None else name
     state = state_of(model).of(adapter)
     layers = adapted_layers(model, adapter)
+    for module, layer in layers.items():
+        for key, tensor in layer.named_parameters():
+            if hasattr(tensor, "full_tensor"):  # a DTensor, as FSDP2 makes it
+                raise ValueError(
+                    f"{module}.{key} is sharded over processes; load full_tensor() of every entry of its state_dict "
+                    "into an unsharded copy of the model, and save that"
+                )
     tensors: dict[str, Tensor] = {}
     values = []
     for module, layer in layers.items():
