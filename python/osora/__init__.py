@@ -5,6 +5,7 @@ from osora import ops_sorsa as ops_sorsa  # its operators exist as soon as osora
 from osora._load import _C
 from osora.checkpoint import AdapterError, load_adapter, save_adapter
 from osora.config import OsoraConfig
+from osora.execution import refresh, set_execution
 from osora.factors import ConvergenceError, SvdPlan, TruncatedSVD, svd_plan, truncated_svd
 from osora.merge import merge, unmerge
 from osora.patch import adapter_parameters, attach, detach, disabled
@@ -31,7 +32,9 @@ __all__ = [
     "load_adapter",
     "merge",
     "rank_for_energy",
+    "refresh",
     "save_adapter",
+    "set_execution",
     "spectrum",
     "summary",
     "svd_plan",

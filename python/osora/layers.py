@@ -7,8 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from osora import ops, reference
+from osora import ops, ops_effective, reference
 from osora.factors import Decomposition
+from osora.materialised import Materialised
 
 
 def is_conv1d(module: nn.Module) -> bool:
@@ -40,6 +41,7 @@ class OsoraLinear(nn.Module):
     U: Tensor
     V: Tensor
     S0: Tensor
+    _materialised: Materialised | None = None
 
     def __init__(self, base_layer: nn.Module, factors: Decomposition, dropout: float = 0.0) -> None:
         """Take the frozen basis from ``factors``, on the base weight's device and in its dtype."""
@@ -87,7 +89,30 @@ class OsoraLinear(nn.Module):
             if hooked or _has_global_hooks():  # which may keep y
                 return y + ops.linear(branch, None, None, self.U, self.V, self.S0, self.s, self.o)
             return ops.linear_add_(y, branch, self.U, self.V, self.S0, self.s, self.o)
-        return ops.linear(x, oriented_weight(self.base_layer), self.bias, self.U, self.V, self.S0, self.s, self.o)
+        weight = oriented_weight(self.base_layer)
+        if self._materialised is None:
+            return ops.linear(x, weight, self.bias, self.U, self.V, self.S0, self.s, self.o)
+        self._materialised.check(self.base_layer.weight, self.o, self.s)
+        return ops_effective.linear_effective(x, weight, self.bias, self.U, self.V, self.S0, self.s, self.o)
+
+    @property
+    def execution(self) -> str:
+        """The plan: "split" or "materialised"; see :func:`osora.set_execution`."""
+        return "split" if self._materialised is None else "materialised"
+
+    def set_execution(self, plan: str) -> None:
+        """Choose the plan. Raises ValueError for an unknown one, TypeError if parameters are not plain ones."""
+        if plan not in ("split", "materialised"):
+            raise ValueError(f'an execution plan is "split" or "materialised", got {plan!r}')
+        base = self._kept[0] if self.merged else self.base_layer.weight
+        assert isinstance(base, nn.Parameter)
+        self._materialised = None if plan == "split" else Materialised(base, self.o, self.s)
+
+    def refresh(self) -> None:
+        """Make the materialised weight again, at the address it has; nothing to do under the split plan."""
+        if self._materialised is not None and not self.merged:
+            self._materialised.check(self.base_layer.weight, self.o, self.s)
+            ops_effective.refresh(oriented_weight(self.base_layer), self.U, self.V, self.S0, self.s, self.o)
 
     @torch.no_grad()
     def delta_weight(self) -> Tensor:
@@ -114,6 +139,8 @@ class OsoraLinear(nn.Module):
             merged = merged.t().contiguous()
         self.base_layer.weight = nn.Parameter(merged, requires_grad=False)
         self._kept.append(base)
+        if self._materialised is not None:  # nobody asks for it while the layer is merged
+            self._materialised.drop()
 
     def unmerge(self) -> None:
         """Put the kept base weight back: the same tensor, bit for bit. Raises ValueError if it is not merged."""
@@ -130,6 +157,7 @@ class OsoraLinear(nn.Module):
 
         ``model.to(torch.bfloat16)`` would round S0, and so move the starting point; it casts U and V alone.
         """
+        plan, self._materialised = self.execution, None  # what it made of the old tensors goes before they do
         exact_before = {name: getattr(self, name).detach() for name in ("o", "s", "S0")}
         for kept in self._kept:
             kept.data = fn(kept.data)
@@ -146,6 +174,7 @@ class OsoraLinear(nn.Module):
                 grad, now.grad = now.grad, None  # a gradient of another dtype would refuse the assignment
                 now.data = restored
                 now.grad = None if grad is None else grad.to(dtype)
+        self.set_execution(plan)
         return self
 
     def extra_repr(self) -> str:
@@ -158,6 +187,8 @@ class OsoraLinear(nn.Module):
             parts.append("merged")
         if not self.enabled:
             parts.append("disabled")
+        if self._materialised is not None:
+            parts.append("execution=materialised")
         return ", ".join(parts)
 
 
