@@ -17,10 +17,10 @@ LAYERS = [
     {"_C"},
     {"_load"},
     {"ops"},
-    {"ops_sorsa"},
-    {"factors", "spectrum", "config", "fingerprint"},
+    {"ops_sorsa", "ops_effective"},
+    {"factors", "spectrum", "config", "fingerprint", "materialised"},
     {"layers", "targets", "regularizer", "stream", "schedule"},
-    {"adapters", "patch", "summary", "checkpoint", "merge", "export", "distributed"},
+    {"adapters", "patch", "summary", "checkpoint", "merge", "export", "distributed", "execution", "estimate"},
     {"cli", "peft", "trainer"},
 ]
 LEAVES = LAYERS[-1]

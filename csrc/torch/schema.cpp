@@ -60,4 +60,20 @@ TORCH_LIBRARY(osora, m) {
       "sorsa_linear_backward(Tensor dy, Tensor? x, Tensor? h, Tensor? weight, Tensor U0, Tensor S0, Tensor V0, Tensor "
       "u,"
       " Tensor s, Tensor v, bool need_x, bool need_u, bool need_s, bool need_v) -> (Tensor, Tensor, Tensor, Tensor)");
+
+  // OSoRA with a materialised weight: W_eff[d, k] = W + D V^T, summed in float32 (float64), rounded once to x's dtype.
+  // It is kept and made again when one of its six sources has changed, so that these are functions of their arguments.
+  m.set_python_module("osora.ops_effective");
+  // y[n, d] = x W_eff^T + bias and h[n, r] = x V, empty [0] if not needed.
+  m.def(
+      "linear_effective(Tensor x, Tensor weight, Tensor? bias, Tensor U, Tensor V, Tensor S0, Tensor s, Tensor o,"
+      " bool need_h) -> (Tensor, Tensor)");
+  // dy[n, d], h[n, r] (for ds and do)  ->  dx[n, k] = dy W_eff, ds[r], do[d]; what is not needed comes back empty, [0].
+  m.def(
+      "linear_effective_backward(Tensor dy, Tensor h, Tensor weight, Tensor U, Tensor V, Tensor S0, Tensor s, Tensor o,"
+      " bool need_x, bool need_s, bool need_o) -> (Tensor, Tensor, Tensor)");
+  // Makes what is kept for this weight and this o again, at the address it has.
+  m.def("effective_refresh(Tensor weight, Tensor U, Tensor V, Tensor S0, Tensor s, Tensor o) -> ()");
+  m.def("effective_drop(Tensor weight, Tensor o) -> ()");
+  m.def("effective_kept(Tensor weight, Tensor o) -> Tensor[]");
 }

@@ -13,6 +13,7 @@ from osora.adapters import (
 )
 from osora.checkpoint import AdapterError, load_adapter, save_adapter
 from osora.config import OsoraConfig
+from osora.execution import refresh, set_execution
 from osora.factors import ConvergenceError, SvdPlan, TruncatedSVD, svd_plan, truncated_svd
 from osora.merge import merge, unmerge
 from osora.patch import adapter_parameters, attach, detach, disabled
@@ -43,9 +44,11 @@ __all__ = [
     "load_adapter",
     "merge",
     "rank_for_energy",
+    "refresh",
     "remove_adapter",
     "save_adapter",
     "set_adapter",
+    "set_execution",
     "spectrum",
     "summary",
     "svd_plan",

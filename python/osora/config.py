@@ -17,7 +17,7 @@ def _check_regex(where: str, pattern: str) -> None:
         raise ValueError(f"{where}: {pattern!r} is not a regular expression: {error}") from error
 
 
-def _checked_names(where: str, value: Any) -> str | tuple[str, ...]:
+def names_or_regex(where: str, value: Any) -> str | tuple[str, ...]:
     """A regular expression, or names that module names end in."""
     if isinstance(value, str):
         _check_regex(where, value)
@@ -77,9 +77,9 @@ class OsoraConfig:
         _checked_int("seed", self.seed, 0)
         if self.seed >= 2**63:
             raise ValueError(f"seed must be below 2**63, got {self.seed}")
-        put("target_modules", _checked_names("target_modules", self.target_modules))
+        put("target_modules", names_or_regex("target_modules", self.target_modules))
         if self.exclude_modules is not None:
-            put("exclude_modules", _checked_names("exclude_modules", self.exclude_modules))
+            put("exclude_modules", names_or_regex("exclude_modules", self.exclude_modules))
         for name in ("dropout", "tol", "rank_for_energy"):
             value = getattr(self, name)
             if name == "rank_for_energy" and value is None:

@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from osora import ops, reference
+from osora import ops, ops_effective, reference
 from osora.factors import Decomposition
+from osora.materialised import Materialised
 
 DEFAULT = "default"  # the name of an adapter that was given none
 
@@ -63,6 +64,8 @@ class OsoraLinear(nn.Module):
     U: Tensor
     V: Tensor
     S0: Tensor
+    _plan: str = "split"
+    _materialised: Materialised | None = None
 
     def __init__(
         self, base_layer: nn.Module, factors: Decomposition, dropout: float = 0.0, adapter: str = DEFAULT
@@ -130,7 +133,11 @@ class OsoraLinear(nn.Module):
             if hooked or _has_global_hooks():  # which may keep y
                 return y + ops.linear(branch, None, None, U, V, S0, self.s, self.o)
             return ops.linear_add_(y, branch, U, V, S0, self.s, self.o)
-        return ops.linear(x, oriented_weight(self.base_layer), self.bias, U, V, S0, self.s, self.o)
+        weight = oriented_weight(self.base_layer)
+        if self._materialised is None:
+            return ops.linear(x, weight, self.bias, U, V, S0, self.s, self.o)
+        self._materialised.check(self.base_layer.weight, self.o, self.s)
+        return ops_effective.linear_effective(x, weight, self.bias, U, V, S0, self.s, self.o)
 
     def _row_by_row(self, x: Tensor, batch: RowAdapters) -> Tensor:
         if x.dim() < 2 or x.shape[0] != batch.index.numel():
@@ -185,6 +192,7 @@ class OsoraLinear(nn.Module):
                 self.register_parameter(f"{kind}@{self.adapter}", getattr(self, kind))
             self.register_parameter(kind, None if name is None else self._parameters.pop(f"{kind}@{name}"))
         self.adapter = name
+        self._materialised = self._watch(self._plan)
 
     def widened(self, factors: Decomposition) -> tuple[Tensor, Tensor, Tensor]:
         """U, V and S0, and behind them the triplets of ``factors`` that the basis does not have."""
@@ -201,6 +209,33 @@ class OsoraLinear(nn.Module):
         self.U, self.V, self.S0 = self.widened(factors)
         self.max_residual = max(self.max_residual, factors.max_residual)
         self.converged = self.converged and factors.converged
+
+    # -- execution plans --
+
+    @property
+    def execution(self) -> str:
+        """The plan: "split" or "materialised"; see :func:`osora.set_execution`."""
+        return self._plan
+
+    def set_execution(self, plan: str) -> None:
+        """Choose the plan. Raises ValueError for an unknown one, TypeError if parameters are not plain ones."""
+        if plan not in ("split", "materialised"):
+            raise ValueError(f'an execution plan is "split" or "materialised", got {plan!r}')
+        self._materialised = self._watch(plan)
+        self._plan = plan
+
+    def _watch(self, plan: str) -> Materialised | None:
+        if plan == "split" or self.adapter is None:
+            return None
+        base = self._kept[0] if self.merged else self.base_layer.weight
+        assert isinstance(base, nn.Parameter)
+        return Materialised(base, self.o, self.s)
+
+    def refresh(self) -> None:
+        """Make the materialised weight again, at the address it has; nothing to do under the split plan."""
+        if self._materialised is not None and not self.merged:
+            self._materialised.check(self.base_layer.weight, self.o, self.s)
+            ops_effective.refresh(oriented_weight(self.base_layer), *self.basis(), self.s, self.o)
 
     @torch.no_grad()
     def delta_weight(self) -> Tensor:
@@ -235,6 +270,8 @@ class OsoraLinear(nn.Module):
             merged = merged.t().contiguous()
         self.base_layer.weight = nn.Parameter(merged, requires_grad=False)
         self._kept.append(base)
+        if self._materialised is not None:  # nobody asks for it while the layer is merged
+            self._materialised.drop()
 
     def unmerge(self) -> None:
         """Put the kept base weight back: the same tensor, bit for bit. Raises ValueError if it is not merged."""
@@ -253,6 +290,7 @@ class OsoraLinear(nn.Module):
         """
         if self.batch is not None:
             raise RuntimeError("a model cannot be moved or cast within adapters_in_batch")
+        self._materialised = None  # what it made of the old tensors goes before they do
         exact_before = {name: p.detach() for name, p in self._parameters.items() if p is not None} | {"S0": self.S0}
         for kept in self._kept:
             kept.data = fn(kept.data)
@@ -269,6 +307,7 @@ class OsoraLinear(nn.Module):
                 grad, now.grad = now.grad, None  # a gradient of another dtype would refuse the assignment
                 now.data = restored
                 now.grad = None if grad is None else grad.to(dtype)
+        self._materialised = self._watch(self._plan)
         return self
 
     def __getstate__(self) -> dict[str, Any]:
@@ -287,6 +326,8 @@ class OsoraLinear(nn.Module):
             parts.append("merged")
         if not self.enabled:
             parts.append("disabled")
+        if self._materialised is not None:
+            parts.append("execution=materialised")
         return ", ".join(parts)
 
 

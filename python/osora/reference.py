@@ -330,6 +330,57 @@ def _sorsa_fold(U0: Tensor, S0: Tensor, u: Tensor, s: Tensor, v: Tensor) -> tupl
     return A.to(U0.dtype), B.to(U0.dtype), v.to(U0.dtype)
 
 
+def effective_weight(
+    weight: Tensor, U: Tensor, V: Tensor, S0: Tensor, s: Tensor, o: Tensor, dtype: torch.dtype | None = None
+) -> Tensor:
+    """``W_eff = W0 + D Vᵀ`` [d, k], computed in float32 (float64) and rounded once to ``dtype`` (the weight's)."""
+    exact = accumulate_dtype(weight.dtype)
+    total = weight.to(exact) + fold(U.to(exact), S0, s, o) @ V.to(exact).t()
+    return total.to(weight.dtype if dtype is None else dtype)
+
+
+def linear_effective(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    U: Tensor,
+    V: Tensor,
+    S0: Tensor,
+    s: Tensor,
+    o: Tensor,
+    need_h: bool = True,
+) -> tuple[Tensor, Tensor]:
+    """:func:`linear` with one product, ``y = x W_effᵀ + bias``; W_eff is in x's dtype.
+
+    Returns:
+        y [..., d], and ``h = x V`` [n, r] or, if it is not needed, an empty tensor [0].
+    """
+    y = torch.nn.functional.linear(x, effective_weight(weight, U, V, S0, s, o, x.dtype), bias)
+    return y, x.reshape(math.prod(x.shape[:-1]), x.shape[-1]) @ V.to(x.dtype) if need_h else x.new_empty(0)
+
+
+def linear_effective_backward(
+    dy: Tensor,
+    h: Tensor,
+    weight: Tensor,
+    U: Tensor,
+    V: Tensor,
+    S0: Tensor,
+    s: Tensor,
+    o: Tensor,
+    need_x: bool = True,
+    need_s: bool = True,
+    need_o: bool = True,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of :func:`linear_effective`: ``dx = dy W_eff``; ds and do are those of :func:`linear_backward`."""
+    dx = dy @ effective_weight(weight, U, V, S0, s, o, dy.dtype) if need_x else dy.new_empty(0)
+    exact = accumulate_dtype(dy.dtype)
+    if not (need_s or need_o):
+        return dx, dy.new_empty(0, dtype=exact), dy.new_empty(0, dtype=exact)
+    P = dy.reshape(math.prod(dy.shape[:-1]), U.shape[0]).to(exact).t() @ h.to(exact)
+    return dx, *fold_backward(U, P, S0, s, o, need_s, need_o)
+
+
 def truncated_svd(weight: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The top ``rank`` singular triplets from a full float64 decomposition, with the residuals of the triplets.
 

@@ -27,7 +27,8 @@ class Target:
         return self.names[0]
 
 
-def _matches(name: str, wanted: str | Iterable[str]) -> bool:
+def name_matches(name: str, wanted: str | Iterable[str]) -> bool:
+    """Whether a module's name is meant: it ends in one of the names, or is matched whole by the expression."""
     if isinstance(wanted, str):
         return re.fullmatch(wanted, name) is not None
     return any(name == end or name.endswith("." + end) for end in wanted)
@@ -116,10 +117,10 @@ def find_targets(model: nn.Module, config: OsoraConfig) -> list[Target]:
         if everything:
             wanted = _is_linear(module) and module is not head and key not in bypassed
         else:
-            wanted = any(_matches(n, config.target_modules) for n in names)
+            wanted = any(name_matches(n, config.target_modules) for n in names)
         if not wanted or not name:
             continue
-        if config.exclude_modules is not None and any(_matches(n, config.exclude_modules) for n in names):
+        if config.exclude_modules is not None and any(name_matches(n, config.exclude_modules) for n in names):
             continue
         if layers is not None and _layer_index(name) not in layers:
             continue
