@@ -6,10 +6,9 @@
 #include <ATen/ops/aminmax.h>
 
 #include <algorithm>
+#include <string>
 #include <tuple>
 #include <vector>
-
-#include <string>
 
 namespace osora {
 

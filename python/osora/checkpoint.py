@@ -151,7 +151,7 @@ def save_adapter(
         name: which of several adapters; None for the active one. The name itself is not in the file.
 
     Raises:
-        ValueError: no adapter, none of that name, or NaN or infinite values in it, or the model is sharded over processes.
+        ValueError: no adapter, none of that name, NaN or infinite values in it, or a model sharded over processes.
         OSError: the folder cannot be written.
     """
     adapter = state_of(model).active if name is None else name

@@ -485,7 +485,8 @@ def linear_add_(y: Tensor, x: Tensor, U: Tensor, V: Tensor, S0: Tensor, s: Tenso
         RuntimeError: wrong shape, dtype or device, naming the argument; y overlaps itself or another argument; y is a
             leaf that requires a gradient; a frozen argument requires one; double backward.
     """
-    if torch.compiler.is_compiling():  # an operator that writes to an argument has no derivative there
+    # An operator that writes to an argument has no derivative there.
+    if torch.compiler.is_compiling() or _transformed():
         return y.add_(linear(x, None, None, U, V, S0, s, o))
     x, _, autocast = _autocast(x, None)
     x = x.to(y.dtype) if autocast else x
