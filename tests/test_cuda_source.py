@@ -26,6 +26,9 @@ CARDS = ("80", "90", "100", "120")
 # 256 threads of 64 registers: four blocks, half of the threads an SM can hold, are resident. What a memory-bound
 # kernel needs to keep the memory busy.
 MAX_REGISTERS = 64
+# Eight rows of x (the third template argument): 16 sums and two packs of W a thread. Three blocks of them are resident,
+# which keep as many packs in flight as four that spill would.
+MORE_REGISTERS = {r"decode_expand_kernelILi\dELi\dELi8E": 80}
 
 
 class Kernel(NamedTuple):
@@ -87,7 +90,10 @@ def test_nothing_spills(compiled):
 
 
 def test_registers_leave_room_for_four_blocks(compiled):
-    bad = [kernel for kernel in compiled.kernels if kernel.registers > MAX_REGISTERS]
+    def limit(kernel: Kernel) -> int:
+        return next((more for name, more in MORE_REGISTERS.items() if re.search(name, kernel.name)), MAX_REGISTERS)
+
+    bad = [kernel for kernel in compiled.kernels if kernel.registers > limit(kernel)]
     assert not bad
 
 
@@ -145,6 +151,21 @@ def test_the_fast_path_moves_16_bytes_at_once(compiled, card):
         assert count(found, r"LDG\.E\.128") > 0, name
         if "fold_backward" not in name:
             assert count(found, r"STG\.E\.128") > 0 and count(found, r"STG") == count(found, r"STG\.E\.128"), name
+
+
+@pytest.mark.parametrize("card", CARDS)
+def test_decoding_reads_its_matrices_16_bytes_at_once(compiled, card):
+    """V in the first kernel; in the second each row of W and of x that a thread works on, by one load."""
+    if compiled.object.stem != "decode":
+        pytest.skip("not decoding")
+    found = instructions(compiled.object, card)
+    fast = {name: kernel for name, kernel in found.items() if re.search("kernelILi[248]E", name)}
+    assert len(fast) == 20 and len(found) == 40, "four types, two and three numbers of rows"
+    for name, kernel in fast.items():
+        wanted = 1
+        if rows := re.search(r"expand_kernelILi\dELi(\d)ELi(\d)E", name):
+            wanted = int(rows[1]) + int(rows[2])
+        assert count(kernel, r"LDG\.E\.128") >= wanted, name
 
 
 @pytest.mark.parametrize("card", CARDS)

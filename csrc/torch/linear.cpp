@@ -14,6 +14,7 @@
 #include <torch/library.h>
 
 #include "torch/checks.h"
+#include "torch/decode.h"
 #include "torch/fold.h"
 #include "torch/guards.h"
 #include "torch/products.h"
@@ -45,6 +46,12 @@ std::tuple<at::Tensor, at::Tensor> linear(const at::Tensor& x, const Optional& w
   check_linear(x, weight, bias, U, V, S0, s, o);
   const OperatorGuard guard(x.device());
   const auto rows = as_rows(x);
+#ifdef OSORA_CUDA
+  if (plan_linear(rows, weight, U, V) == core::LinearPlan::kDecode) {
+    auto [y, h] = decode_cuda(decode_inputs(rows, weight, bias, U, V, S0, s, o, {}, {}));
+    return {y.view(with_last(x, U.size(0))), h};
+  }
+#endif
   auto h = down_product(rows, V);
   return {linear_plus(x, rows, weight, bias, h, fold(U, S0, s, o)), h};
 }
