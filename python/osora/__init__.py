@@ -13,6 +13,7 @@ from osora.adapters import (
 )
 from osora.checkpoint import AdapterError, load_adapter, save_adapter
 from osora.config import OsoraConfig
+from osora.estimate import Estimate, Machine, estimate
 from osora.execution import refresh, set_execution
 from osora.factors import ConvergenceError, SvdPlan, TruncatedSVD, svd_plan, truncated_svd
 from osora.merge import merge, unmerge
@@ -26,6 +27,8 @@ __version__ = build_info()["version"]
 __all__ = [
     "AdapterError",
     "ConvergenceError",
+    "Estimate",
+    "Machine",
     "OsoraConfig",
     "Spectrum",
     "Summary",
@@ -41,6 +44,7 @@ __all__ = [
     "build_info",
     "detach",
     "disabled",
+    "estimate",
     "load_adapter",
     "merge",
     "rank_for_energy",
