@@ -41,6 +41,10 @@ at::Tensor outer_sum_amx(const at::Tensor& dy, const at::Tensor& h) {
 at::Tensor product_by_rows(const at::Tensor& a, const at::Tensor& b) {
   constexpr int64_t kRows = 64, kInner = 512;
   const int64_t m = a.size(0), inner = a.size(1);
+  if (m <= kRows && a.scalar_type() == b.scalar_type()) {
+    const SingleThreadedBlas alone;
+    return at::mm(a, b);
+  }
   auto out = at::empty({m, b.size(1)}, b.options());
   at::parallel_for(0, (m + kRows - 1) / kRows, 1, [&](int64_t first, int64_t last) {
     const OperatorGuard guard(a.device());  // a thread of the pool starts without ours
