@@ -38,26 +38,28 @@ at::Tensor ready(const at::Tensor& t, at::ScalarType type) { return t.to(type).c
 
 }  // namespace
 
+void fold_rows_cpu(const at::Tensor& U, const at::Tensor& start, const at::Tensor& s, const at::Tensor& o,
+                   const at::Tensor& D, int64_t begin, int64_t end) {
+  const int64_t r = U.size(1);
+  const bool done = take_vectors(U.scalar_type(), [&](const auto& loops, auto number) {
+    using T = decltype(number);
+    loops.fold(static_cast<const T*>(U.const_data_ptr()), start.const_data_ptr<float>(), s.const_data_ptr<float>(),
+               o.const_data_ptr<float>(), static_cast<T*>(D.mutable_data_ptr()), begin, end, r);
+  });
+  if (done) return;
+  AT_DISPATCH_FLOATING_TYPES_AND2(at::kBFloat16, at::kHalf, U.scalar_type(), "osora::fold", [&] {
+    using A = std::conditional_t<std::is_same_v<scalar_t, double>, double, float>;
+    cpu::fold_rows(U.const_data_ptr<scalar_t>(), start.const_data_ptr<A>(), s.const_data_ptr<A>(),
+                   o.const_data_ptr<A>(), D.mutable_data_ptr<scalar_t>(), begin, end, r);
+  });
+}
+
 at::Tensor fold_cpu(const at::Tensor& U, const at::Tensor& S0, const at::Tensor& s, const at::Tensor& o) {
   auto D = at::empty_like(U);
   const auto start = at::add(S0, s);
-  const int64_t d = U.size(0), r = U.size(1);
-  const int64_t grain = std::max<int64_t>(1, 65536 / std::max<int64_t>(1, r));
-  const bool done = take_vectors(U.scalar_type(), [&](const auto& loops, auto number) {
-    using T = decltype(number);
-    at::parallel_for(0, d, grain, [&](int64_t begin, int64_t end) {
-      loops.fold(static_cast<const T*>(U.const_data_ptr()), start.const_data_ptr<float>(), s.const_data_ptr<float>(),
-                 o.const_data_ptr<float>(), static_cast<T*>(D.mutable_data_ptr()), begin, end, r);
-    });
-  });
-  if (done) return D;
-  AT_DISPATCH_FLOATING_TYPES_AND2(at::kBFloat16, at::kHalf, U.scalar_type(), "osora::fold", [&] {
-    using A = std::conditional_t<std::is_same_v<scalar_t, double>, double, float>;
-    at::parallel_for(0, d, grain, [&](int64_t begin, int64_t end) {
-      cpu::fold_rows(U.const_data_ptr<scalar_t>(), start.const_data_ptr<A>(), s.const_data_ptr<A>(),
-                     o.const_data_ptr<A>(), D.mutable_data_ptr<scalar_t>(), begin, end, r);
-    });
-  });
+  const int64_t grain = std::max<int64_t>(1, 65536 / std::max<int64_t>(1, U.size(1)));
+  at::parallel_for(0, U.size(0), grain,
+                   [&](int64_t begin, int64_t end) { fold_rows_cpu(U, start, s, o, D, begin, end); });
   return D;
 }
 

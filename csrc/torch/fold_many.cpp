@@ -1,14 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "torch/fold_many.h"
 
-#include <ATen/Dispatch.h>
 #include <ATen/Parallel.h>
 #include <ATen/ops/add.h>
 #include <ATen/ops/empty_like.h>
 #include <torch/library.h>
 
-#include "cpu/fold.h"
 #include "torch/checks.h"
+#include "torch/fold.h"
 #include "torch/guards.h"
 
 namespace osora {
@@ -32,17 +31,11 @@ std::vector<at::Tensor> fold_many_cpu(const FoldInputs& layers) {
     const int64_t rows = std::max<int64_t>(1, kNumbersPerTask / std::max<int64_t>(1, U.size(1)));
     for (int64_t i = 0; i < U.size(0); i += rows) tasks.push_back({k, i, std::min(i + rows, U.size(0))});
   }
-  const auto type = layers.U.front().scalar_type();
-  AT_DISPATCH_FLOATING_TYPES_AND2(at::kBFloat16, at::kHalf, type, "osora::fold_many", [&] {
-    using A = std::conditional_t<std::is_same_v<scalar_t, double>, double, float>;
-    at::parallel_for(0, static_cast<int64_t>(tasks.size()), 1, [&](int64_t first, int64_t last) {
-      for (int64_t t = first; t < last; ++t) {
-        const auto& [k, begin, end] = tasks[t];
-        cpu::fold_rows(layers.U[k].const_data_ptr<scalar_t>(), start[k].const_data_ptr<A>(),
-                       layers.s[k].const_data_ptr<A>(), layers.o[k].const_data_ptr<A>(),
-                       D[k].mutable_data_ptr<scalar_t>(), begin, end, layers.U[k].size(1));
-      }
-    });
+  at::parallel_for(0, static_cast<int64_t>(tasks.size()), 1, [&](int64_t first, int64_t last) {
+    for (int64_t t = first; t < last; ++t) {
+      const auto& [k, begin, end] = tasks[t];
+      fold_rows_cpu(layers.U[k], start[k], layers.s[k], layers.o[k], D[k], begin, end);
+    }
   });
   return D;
 }

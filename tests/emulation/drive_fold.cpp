@@ -85,8 +85,7 @@ void run_many(int layers) {
   };
   for (int k = 0; k < layers; ++k) {
     const int64_t d = k % 7 == 3 ? 0 : 1 + k * 37 % 150, r = k % 11 == 5 ? 0 : k % 3 ? 8 * (1 + k % 5) : 1 + k % 70;
-    const int skip = k % 4 == 3;
-    for (int copy = 0; copy < 3; ++copy) matrices.emplace_back(d * r, skip);
+    for (const int skip : {k % 4 == 3, k % 5 == 4, k % 5 == 4}) matrices.emplace_back(d * r, skip);  // u, two results
     auto last = matrices.rbegin();
     results.push_back(&*last++), wishes.push_back(&*last++);
     last->fill(random, 1.0);
