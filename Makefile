@@ -27,7 +27,8 @@ SOURCES := $(shell find csrc cmake build_backend python -type f ! -name '*.pyc' 
   CMakeLists.txt setup.py pyproject.toml README.md
 
 # What runs csrc/cuda on the CPU.
-COVERAGE_TESTS := tests/test_fold.py tests/test_dense_cuda.py tests/test_svd_drivers.py \
+COVERAGE_TESTS := tests/test_fold.py tests/test_fold_many.py tests/test_multi_kernels.py tests/test_decode.py \
+  tests/test_dense_cuda.py tests/test_svd_drivers.py \
   -k 'emulated or dense'
 
 # Nothing of a run depends on the user's language, and nothing is fetched from a model hub.

@@ -9,14 +9,14 @@
 # demo's package is installed, else random).
 # osora is built into a folder of its own: what is installed stays as it is.
 #
-# Stages: machine build tests sanitizer rates init step svd. Each runs whatever became of those before it. Without a GPU
-# only machine and build run, and the JSON says so.
+# Stages: machine build tests sanitizer rates init step svd linear. Each runs whatever became of those before it. Without
+# a GPU only machine and build run, and the JSON says so.
 # Exit code: 0 all chosen stages passed, 1 one failed, 2 wrong arguments, 3 some were skipped and none failed.
 set -uo pipefail
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 python=python3 output="" chosen="" model=""
-all="machine build tests sanitizer rates init step svd"
+all="machine build tests sanitizer rates init step svd linear"
 
 usage() { sed -n '3,/^set -uo/{/^#/s/^# \{0,1\}//p}' "${BASH_SOURCE[0]}"; }
 
@@ -138,6 +138,7 @@ init() { "$python" bench/init.py --device cuda --model "$model" --output "$RESUL
 step() { "$python" bench/step.py --device cuda --model "$model" --batch 8 --tokens 1024 --output "$RESULTS"; }
 # Without peak memory: it takes a process, hence a start of CUDA, for each peer and case.
 svd() { "$python" bench/svd.py --device cuda --preset goals --no-memory --output "$RESULTS"; }
+linear() { "$python" bench/linear.py --device cuda --preset full --output "$RESULTS"; }
 
 # Nothing is fetched.
 export PIP_NO_INDEX=1 HF_HUB_OFFLINE=1 PYTHONDONTWRITEBYTECODE=1 LC_ALL=C.UTF-8
@@ -162,6 +163,7 @@ run rates
 run init
 run step
 run svd
+run linear
 
 ((failed)) && exit 1
 ((skipped)) && exit 3

@@ -6,8 +6,10 @@ otherwise; peers run in turn, in one process, so that a machine that slows down 
 with their smallest and largest value.
 """
 
+import argparse
 import ctypes
 import gc
+import importlib.util
 import json
 import os
 import platform
@@ -76,7 +78,6 @@ def synchronise(device: str) -> None:
 @contextmanager
 def _no_garbage_collection():
     """A collection in the middle of one repetition would be counted to whoever runs then."""
-    gc.collect()
     enabled = gc.isenabled()
     gc.disable()
     try:
@@ -86,25 +87,45 @@ def _no_garbage_collection():
             gc.enable()
 
 
+@contextmanager
+def quick_collections():
+    """What is there already is left out of collections, which otherwise take longer than many a peer."""
+    gc.collect()
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
+
+
 def interleaved(
     peers: Mapping[str, Callable[[], object]], repetitions: int, *, warm_up: int = 1, device: str = "cpu"
 ) -> dict[str, Timing]:
     """The peers in turn, `repetitions` times. The order rotates, so that nobody always runs after the same peer."""
     names = list(peers)
     seconds: dict[str, list[float]] = {name: [] for name in names}
-    for repetition in range(-warm_up, repetitions):
-        first = repetition % len(names)
-        for name in names[first:] + names[:first]:
-            with _no_garbage_collection():
-                synchronise(device)
-                began = time.perf_counter()
-                result = peers[name]()
-                synchronise(device)
-                spent = time.perf_counter() - began
-                del result  # freeing it is not part of the work
-            if repetition >= 0:
-                seconds[name].append(spent)
+    with quick_collections():
+        for repetition in range(-warm_up, repetitions):
+            first = repetition % len(names)
+            for name in names[first:] + names[:first]:
+                gc.collect()
+                with _no_garbage_collection():
+                    synchronise(device)
+                    began = time.perf_counter()
+                    result = peers[name]()
+                    synchronise(device)
+                    spent = time.perf_counter() - began
+                    del result  # freeing it is not part of the work
+                if repetition >= 0:
+                    seconds[name].append(spent)
     return {name: Timing(tuple(values)) for name, values in seconds.items()}
+
+
+def gemm_rate(size: int, dtype: torch.dtype, device: str) -> float:
+    """GFLOP per second of a square product, the best of three; float32 without TF32, as torch has it by default."""
+    a, b = (torch.randn(size, size, dtype=dtype, device=device) for _ in range(2))
+    timing = interleaved({"gemm": lambda: a @ b}, 3, device=device)["gemm"]
+    return 2 * size**3 / min(timing.seconds) / 1e9
 
 
 # -- memory ----------------------------------------------------------------------------------------------------------
@@ -150,6 +171,24 @@ def peak_memory(device: str) -> int:
         return torch.cuda.max_memory_allocated(device)
     # Not ru_maxrss where it can be helped: it is never reset, and a child inherits its parent's.
     return _status("VmHWM") or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def saved_bytes(forward: Callable[[], object], resident: Iterable[torch.Tensor]) -> int:
+    """What autograd keeps for the backward of `forward`: bytes of distinct storages that are not `resident` ones."""
+    known = {tensor.untyped_storage().data_ptr() for tensor in resident}
+    kept: dict[int, torch.Tensor] = {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in known:
+            kept[storage.data_ptr()] = tensor  # held, so that its address is nobody else's meanwhile
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        result = forward()
+    total = sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
+    del result
+    return total
 
 
 def run_child(arguments: Sequence[str]) -> dict[str, Any]:
@@ -222,6 +261,18 @@ def check_device(device: str) -> str:
     return device
 
 
+def installed(module: str) -> bool:
+    return importlib.util.find_spec(module) is not None
+
+
+def shape_of(text: str) -> tuple[int, int]:
+    """out_features and in_features from an argument such as 4096x4096."""
+    d, cross, k = text.lower().replace("×", "x").partition("x")
+    if not (cross and d.isdigit() and k.isdigit() and int(d) and int(k)):
+        raise argparse.ArgumentTypeError(f"a shape is written 4096x4096 (out_features x in_features), got {text!r}")
+    return int(d), int(k)
+
+
 # -- what a run leaves and shows -------------------------------------------------------------------------------------
 
 
@@ -239,6 +290,21 @@ def write_json(path: Path, content: Mapping[str, Any]) -> Path:
             os.unlink(file.name)
             raise
     return path
+
+
+def write_figure(figure: Any, path: Path) -> None:
+    """A matplotlib figure, whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    descriptor, unfinished = tempfile.mkstemp(dir=path.parent, prefix=".", suffix=path.suffix)
+    os.close(descriptor)
+    try:
+        figure.savefig(unfinished)
+        os.chmod(unfinished, 0o644)
+        os.replace(unfinished, path)
+    except BaseException:
+        os.unlink(unfinished)
+        raise
+    console.print(f"drawn to {path.name}")
 
 
 class Run:

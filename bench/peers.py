@@ -3,6 +3,7 @@
 
 import copy
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -86,15 +87,20 @@ def make_op_by_op(adapted: nn.Module) -> Peer:
     return Peer(model, trained)
 
 
+def peft_config(kind: str, rank: int, targets: str | list[str]) -> Any:
+    """Of PEFT's VeRA or LoRA, without dropout; LoRA's scale is 1."""
+    from peft import LoraConfig, VeraConfig
+
+    if kind == "vera":
+        return VeraConfig(r=rank, target_modules=targets, vera_dropout=0.0)
+    return LoraConfig(r=rank, lora_alpha=rank, target_modules=targets, lora_dropout=0.0)
+
+
 def make_peft(base: nn.Module, kind: str, rank: int, float32: bool) -> Peer:
     """PEFT's VeRA or LoRA; `float32`: its own default, float32 adapters around a 16-bit base."""
-    from peft import LoraConfig, VeraConfig, get_peft_model
+    from peft import get_peft_model
 
-    config = (
-        VeraConfig(r=rank, target_modules="all-linear", vera_dropout=0.0)
-        if kind == "vera"
-        else LoraConfig(r=rank, lora_alpha=rank, target_modules="all-linear", lora_dropout=0.0)
-    )
+    config = peft_config(kind, rank, "all-linear")
     model = get_peft_model(needs_input_gradient(shared(base)), config, autocast_adapter_dtype=float32)
     return Peer(model, [parameter for parameter in model.parameters() if parameter.requires_grad])
 

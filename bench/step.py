@@ -99,21 +99,8 @@ def check(ours: Peer, plain: Peer, dtype: str, tokens: Tensor) -> dict[str, Any]
 
 
 def saved_bytes(peer: Peer, tokens: Tensor) -> int:
-    """What autograd keeps for the backward: bytes of distinct storages that are no parameter and no buffer."""
-    resident = {t.untyped_storage().data_ptr() for t in (*peer.model.parameters(), *peer.model.buffers())}
-    kept: dict[int, Tensor] = {}
-
-    def pack(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in resident:
-            kept[storage.data_ptr()] = tensor  # held, so that its address is nobody else's meanwhile
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        loss = loss_of(peer.model, tokens)
-    total = sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
-    del loss
-    return total
+    """What autograd keeps for the backward, parameters and buffers left out."""
+    return measure.saved_bytes(lambda: loss_of(peer.model, tokens), (*peer.model.parameters(), *peer.model.buffers()))
 
 
 def floor(base: nn.Module, rank: int) -> dict[str, float]:

@@ -20,7 +20,6 @@ import importlib
 import importlib.util
 import json
 import math
-import os
 import sys
 import tempfile
 import time
@@ -36,7 +35,19 @@ import measure
 import models
 import spectra
 import torch
-from measure import Refused, Run, Timing, check_device, console, interleaved, show_bytes, show_seconds
+from measure import (
+    Refused,
+    Run,
+    Timing,
+    check_device,
+    console,
+    gemm_rate,
+    installed,
+    interleaved,
+    shape_of,
+    show_bytes,
+    show_seconds,
+)
 from spectra import Matrices, Truth
 from torch import Tensor
 
@@ -195,10 +206,6 @@ def own_names(methods: Iterable[str], tols: Iterable[float]) -> dict[str, tuple[
     return {f"osora-{method}-{show_tol(tol)}": (method, tol) for tol in tols for method in methods}
 
 
-def installed(module: str) -> bool:
-    return importlib.util.find_spec(module) is not None
-
-
 def absence(name: str, weight: Tensor, rank: int) -> str | None:
     """Why a peer cannot take part, or None."""
     on_gpu, smaller = weight.is_cuda, min(weight.shape[-2:])
@@ -323,13 +330,6 @@ def check(
 
 
 # -- time and memory -------------------------------------------------------------------------------------------------
-
-
-def gemm_rate(size: int, dtype: torch.dtype, device: str) -> float:
-    """GFLOP per second of a square product, the best of three; float32 without TF32, as torch has it by default."""
-    a, b = (torch.randn(size, size, dtype=dtype, device=device) for _ in range(2))
-    timing = interleaved({"gemm": lambda: a @ b}, 3, device=device)["gemm"]
-    return 2 * size**3 / min(timing.seconds) / 1e9
 
 
 def time_rows(rows: list[Row], reference: str, repetitions: int, slow: float, device: str) -> None:
@@ -517,17 +517,7 @@ def plot(path: Path, cases: list[tuple[str, list[Row]]], subtitle: str) -> None:
     figure.set_layout_engine("none")
     for axes, points in texts:
         place_labels(figure, axes, points)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, unfinished = tempfile.mkstemp(dir=path.parent, prefix=".", suffix=path.suffix)
-    os.close(descriptor)
-    try:
-        figure.savefig(unfinished)
-        os.chmod(unfinished, 0o644)
-        os.replace(unfinished, path)
-    except BaseException:
-        os.unlink(unfinished)
-        raise
-    console.print(f"drawn to {path.name}")
+    measure.write_figure(figure, path)
 
 
 # -- a run -----------------------------------------------------------------------------------------------------------
@@ -606,13 +596,6 @@ def blas_threads(count: int) -> AbstractContextManager[Any]:
 # -- arguments -------------------------------------------------------------------------------------------------------
 
 
-def shape(text: str) -> tuple[int, int]:
-    d, cross, k = text.lower().replace("×", "x").partition("x")
-    if not (cross and d.isdigit() and k.isdigit() and int(d) and int(k)):
-        raise argparse.ArgumentTypeError(f"a shape is written 4096x4096 (out_features x in_features), got {text!r}")
-    return int(d), int(k)
-
-
 def cases_of(options: argparse.Namespace, parser: argparse.ArgumentParser) -> list[Case]:
     """The preset's groups with what was given in their place; combinations that cannot be are refused or left out.
 
@@ -623,7 +606,7 @@ def cases_of(options: argparse.Namespace, parser: argparse.ArgumentParser) -> li
     limit = GPU_BATCH if options.device.startswith("cuda") else CPU_BATCH
     for kinds, shapes, ranks, batches in groups:
         for kind in options.matrices or kinds:
-            for d, k in options.shapes or map(shape, shapes):
+            for d, k in options.shapes or map(shape_of, shapes):
                 for batch in options.batch or batches:
                     for rank in options.ranks or ranks:
                         if rank > min(d, k):
@@ -642,7 +625,7 @@ def parse(argv: list[str] | None) -> tuple[argparse.Namespace, list[Case]]:
     add = parser.add_argument
     add("--preset", choices=list(PRESETS), default="goals", help="what the options below do not say (default: goals)")
     add("--matrices", nargs="+", choices=spectra.KINDS)
-    add("--shapes", nargs="+", type=shape, help="such as 4096x4096: out_features x in_features")
+    add("--shapes", nargs="+", type=shape_of, help="such as 4096x4096: out_features x in_features")
     add("--ranks", nargs="+", type=int)
     add("--batch", nargs="+", type=int, help="numbers of matrices in one call")
     add("--tols", nargs="+", type=float, help="osora's tolerances")

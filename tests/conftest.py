@@ -1,8 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Fixtures for every test."""
 
+import importlib
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
@@ -36,3 +39,14 @@ def poisoned_memory() -> Iterator[None]:
     yield
     torch.utils.deterministic.fill_uninitialized_memory = fill
     torch.use_deterministic_algorithms(deterministic)
+
+
+@pytest.fixture(scope="module")
+def bench() -> Iterator[Callable[[str], ModuleType]]:
+    """The benchmarks' modules by name, on one thread."""
+    threads = torch.get_num_threads()
+    with pytest.MonkeyPatch.context() as change:
+        change.setenv("HF_HUB_OFFLINE", "1")
+        change.syspath_prepend(Path(__file__).parents[1] / "bench")
+        yield importlib.import_module
+    torch.set_num_threads(threads)

@@ -20,7 +20,7 @@ LAYERS = [
     {"ops_sorsa", "ops_effective"},
     {"factors", "spectrum", "config", "fingerprint", "materialised"},
     {"layers", "targets", "regularizer", "stream", "schedule"},
-    {"patch", "summary", "checkpoint", "merge", "export", "distributed", "execution", "estimate"},
+    {"adapters", "patch", "summary", "checkpoint", "merge", "export", "distributed", "execution", "estimate"},
     {"cli", "peft", "trainer"},
 ]
 LEAVES = LAYERS[-1]

@@ -5,7 +5,6 @@ Nothing here looks at how long anything took.
 """
 
 import dataclasses
-import importlib
 import json
 import os
 import re
@@ -25,17 +24,6 @@ for package in ("peft", "rich", "transformers"):
 
 BENCH = Path(__file__).resolve().parents[1] / "bench"
 pytestmark = pytest.mark.filterwarnings("default")  # of PEFT and transformers, our peers
-
-
-@pytest.fixture(scope="module")
-def bench():
-    """The benchmarks' modules by name, on one thread."""
-    threads = torch.get_num_threads()
-    with pytest.MonkeyPatch.context() as change:
-        change.setenv("HF_HUB_OFFLINE", "1")
-        change.syspath_prepend(BENCH)
-        yield importlib.import_module
-    torch.set_num_threads(threads)
 
 
 def quick(output, *more):
@@ -686,14 +674,14 @@ def gpu_check(python, output, *more):
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="for machines without a GPU")
 def test_gpu_check_without_a_gpu_says_so(tmp_path):
-    stages = "machine,tests,sanitizer,rates,init,step,svd"  # the build takes minutes
+    stages = "machine,tests,sanitizer,rates,init,step,svd,linear"  # the build takes minutes
     done, report = gpu_check(sys.executable, tmp_path / "report.json", "--stages", stages)
     assert done.returncode == 3, done.stderr
     assert report["gpu"] is None and report["failed"] == [] and report["passed"] == ["machine"]
     reasons = {record["stage"]: record["skipped"] for record in report["stages"]}
-    assert list(reasons) == ["machine", "build", "tests", "sanitizer", "rates", "init", "step", "svd"]
+    assert list(reasons) == ["machine", "build", "tests", "sanitizer", "rates", "init", "step", "svd", "linear"]
     assert reasons["build"] == "not chosen"
-    assert all("no GPU" in reasons[name] for name in ("tests", "rates", "init", "step", "svd"))
+    assert all("no GPU" in reasons[name] for name in ("tests", "rates", "init", "step", "svd", "linear"))
     assert not any("measured" in record or "results" in record for record in report["stages"])
     assert "none, so nothing here says anything about one" in done.stdout
     assert os.listdir(tmp_path) == ["report.json"]
@@ -715,12 +703,12 @@ def test_gpu_check_runs_every_stage_whatever_fails(tmp_path):
     assert done.returncode == 1
     codes = {record["stage"]: record["rc"] for record in report["stages"]}
     assert codes.pop("sanitizer") in (7, None)  # None: there is no compute-sanitizer here
-    assert codes == {"machine": 0, "build": 7, "tests": 7, "rates": 1, "init": 1, "step": 1, "svd": 1}
+    assert codes == {"machine": 0, "build": 7, "tests": 7, "rates": 1, "init": 1, "step": 1, "svd": 1, "linear": 1}
     tails = {record["stage"]: record["tail"] for record in report["stages"]}
     assert "made to fail" in tails["build"] and "made to fail" in tails["tests"]
     # The lie about the GPU gives no figure: whoever measures looks for itself.
     assert report["gpu"] is None
-    assert all("nothing was measured" in tails[name] for name in ("rates", "init", "step", "svd"))
+    assert all("nothing was measured" in tails[name] for name in ("rates", "init", "step", "svd", "linear"))
     assert not any("measured" in record or "results" in record for record in report["stages"])
     assert str(BENCH.parent) not in json.dumps(report)
 

@@ -26,6 +26,9 @@ CARDS = ("80", "90", "100", "120")
 # 256 threads of 64 registers: four blocks, half of the threads an SM can hold, are resident. What a memory-bound
 # kernel needs to keep the memory busy.
 MAX_REGISTERS = 64
+# Eight rows of x (the third template argument): 16 sums and two packs of W a thread. Three blocks of them are resident,
+# which keep as many packs in flight as four that spill would.
+MORE_REGISTERS = {r"decode_expand_kernelILi\dELi\dELi8E": 80}
 
 
 class Kernel(NamedTuple):
@@ -87,7 +90,10 @@ def test_nothing_spills(compiled):
 
 
 def test_registers_leave_room_for_four_blocks(compiled):
-    bad = [kernel for kernel in compiled.kernels if kernel.registers > MAX_REGISTERS]
+    def limit(kernel: Kernel) -> int:
+        return next((more for name, more in MORE_REGISTERS.items() if re.search(name, kernel.name)), MAX_REGISTERS)
+
+    bad = [kernel for kernel in compiled.kernels if kernel.registers > limit(kernel)]
     assert not bad
 
 
@@ -130,14 +136,44 @@ def test_local_memory_is_not_used_and_there_are_no_atomics(compiled, card):
         assert count(found, r"ATOM|RED\b") == 0, name
 
 
+# Per file, how many kernels have a fast path: fold and fold_backward, or scale and combine, for four types each.
+# Mangled template arguments: Li8E is 8 numbers per lane (16-bit types), Li4E float32, Li2E float64.
+FAST = {"fold": 8, "multi": 8}
+
+
 @pytest.mark.parametrize("card", CARDS)
-def test_the_fast_path_of_the_fold_moves_16_bytes_at_once(compiled, card):
-    if compiled.object.stem != "fold":
-        pytest.skip("not the fold")
-    # Mangled template arguments: Li8E is 8 numbers per lane (16-bit types), Li4E float32, Li2E float64.
+def test_the_fast_path_moves_16_bytes_at_once(compiled, card):
+    if compiled.object.stem not in FAST:
+        pytest.skip("no such path")
     fast = {name: found for name, found in instructions(compiled.object, card).items() if re.search("ILi[248]E", name)}
-    assert len(fast) == 8, "fold and fold_backward for four types"
+    assert len(fast) == FAST[compiled.object.stem]
     for name, found in fast.items():
         assert count(found, r"LDG\.E\.128") > 0, name
         if "fold_backward" not in name:
             assert count(found, r"STG\.E\.128") > 0 and count(found, r"STG") == count(found, r"STG\.E\.128"), name
+
+
+@pytest.mark.parametrize("card", CARDS)
+def test_decoding_reads_its_matrices_16_bytes_at_once(compiled, card):
+    """V in the first kernel; in the second each row of W and of x that a thread works on, by one load."""
+    if compiled.object.stem != "decode":
+        pytest.skip("not decoding")
+    found = instructions(compiled.object, card)
+    fast = {name: kernel for name, kernel in found.items() if re.search("kernelILi[248]E", name)}
+    assert len(fast) == 20 and len(found) == 40, "four types, two and three numbers of rows"
+    for name, kernel in fast.items():
+        wanted = 1
+        if rows := re.search(r"expand_kernelILi\dELi(\d)ELi(\d)E", name):
+            wanted = int(rows[1]) + int(rows[2])
+        assert count(kernel, r"LDG\.E\.128") >= wanted, name
+
+
+@pytest.mark.parametrize("card", CARDS)
+def test_the_fold_of_many_layers_moves_16_bytes_where_it_can(compiled, card):
+    """Both paths are in one kernel: a layer's alignment is known at run time."""
+    if compiled.object.stem != "fold_many":
+        pytest.skip("not that fold")
+    found = instructions(compiled.object, card)
+    assert len(found) == 4, "four types"
+    for name, kernel in found.items():
+        assert count(kernel, r"LDG\.E\.128") > 0 and count(kernel, r"STG\.E\.128") > 0, name

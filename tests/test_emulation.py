@@ -39,12 +39,14 @@ BUGS: dict[str, dict[str, object]] = {
     "too-much-shared": dict.fromkeys(EVERYWHERE, REFUSED),
     # The real code without one barrier. reduce.cuh, 0: before the sums of the warps are read; 1: before the next
     # reduction writes over them. fold.cu, 2: before the column sums of a tile are read; 3: before the next tile writes
-    # over them; 4: before the last sums of the second kernel.
+    # over them; 4: before the last sums of the second kernel. decode.cu, 5 and 6: before those of the warps are read.
     "drop-barrier-0": {"tsan": "ThreadSanitizer: data race", "plain": WRONG_NUMBERS, "asan": WRONG_NUMBERS},
     "drop-barrier-1": {"tsan": "ThreadSanitizer: data race"},
     "drop-barrier-2": {"tsan": "ThreadSanitizer: data race", "plain": WRONG_NUMBERS, "asan": WRONG_NUMBERS},
     "drop-barrier-3": {"tsan": "ThreadSanitizer: data race"},
     "drop-barrier-4": {"tsan": "ThreadSanitizer: data race", "plain": WRONG_NUMBERS, "asan": WRONG_NUMBERS},
+    "drop-barrier-5": {"tsan": "ThreadSanitizer: data race", "plain": WRONG_NUMBERS, "asan": WRONG_NUMBERS},
+    "drop-barrier-6": {"tsan": "ThreadSanitizer: data race", "plain": WRONG_NUMBERS, "asan": WRONG_NUMBERS},
 }
 
 
@@ -91,9 +93,9 @@ def run(programs, fixed_addresses):
     return run_program
 
 
-@pytest.fixture(scope="module", params=["emulation", "emulation_svd"])
+@pytest.fixture(scope="module", params=["emulation", "emulation_decode", "emulation_multi", "emulation_svd"])
 def driver(request: pytest.FixtureRequest, programs) -> tuple[str, str]:
-    """The programs for fold.cu and for svd_kernels.cu with svd_ritz.cu, with what the plain one prints."""
+    """The programs for fold*.cu, decode.cu, multi.cu, svd_*.cu, and what the plain one prints."""
     plain = subprocess.run([programs / f"{request.param}_plain"], capture_output=True, text=True)
     return request.param, plain.stdout
 

@@ -27,18 +27,15 @@ def function_of(plan: str):
 
 
 def profiled_flops(function) -> int:
-    with torch.profiler.profile(
-        activities=[torch.profiler.ProfilerActivity.CPU], with_flops=True, record_shapes=True
-    ) as profile:
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], record_shapes=True) as profile:
         function()
-    counted = {"aten::mm", "aten::addmm", "aten::addmm_"}
-    # addmm_ is not among those the profiler knows: 2 a b c of [a, c] times [c, b], from its shapes
-    total = 0
+    counted, total = {"aten::mm", "aten::addmm", "aten::addmm_"}, 0
+    # 2 a b c of [a, c] times [c, b], from the shapes: the profiler itself does not know addmm_
     for event in profile.events():
         if event.name not in counted or any(inside(event, other) for other in profile.events()):
             continue
-        shapes = [shape for shape in event.input_shapes if len(shape) == 2][-2:]
-        total += 2 * shapes[0][0] * shapes[0][1] * shapes[1][1]
+        left, right = event.input_shapes[:2] if event.name == "aten::mm" else event.input_shapes[1:3]
+        total += 2 * left[0] * left[1] * right[1]
     return total
 
 

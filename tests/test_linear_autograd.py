@@ -159,6 +159,11 @@ def operator_cases() -> dict[str, tuple]:
             for need in [(True, True), (True, False), (False, True)]
         ],
         "linear": [case.arguments, case.replace(weight=None, bias=None).arguments],
+        "down": [(case.x.detach(), case.V)],
+        "up": [
+            (case.x.detach(), h, *rest, case.U, case.S0, case.s.detach(), case.o.detach())
+            for rest in [(case.weight, case.bias.detach()), (None, None)]
+        ],
         "linear_backward": [(dy, h, *frozen, *need) for need in [(True, True, True), (True, False, False)]],
         "truncated_svd": [
             ([torch.randn(9, 6), torch.randn(9, 6)], 2, 1e-3, 0, [1, 2], method) for method in ("auto", "gram", "full")
@@ -168,7 +173,7 @@ def operator_cases() -> dict[str, tuple]:
 
 # opcheck of torch 2.14 itself looks at .grad of a tensor that is no leaf.
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
-@pytest.mark.parametrize("name", ["fold", "fold_backward", "linear", "linear_backward", "truncated_svd"])
+@pytest.mark.parametrize("name", ["fold", "fold_backward", "linear", "down", "up", "linear_backward", "truncated_svd"])
 def test_opcheck(name):
     """Schema, fake kernel, autograd registration, and the trace of AOTAutograd with dynamic shapes."""
     for arguments in operator_cases()[name]:
@@ -385,7 +390,7 @@ def test_a_bias_without_a_weight_is_refused():
 # -- CUDA tensors, a CPU build ---------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["fold", "fold_backward", "linear", "linear_backward", "truncated_svd"])
+@pytest.mark.parametrize("name", ["fold", "fold_backward", "linear", "down", "up", "linear_backward", "truncated_svd"])
 def test_every_operator_has_a_cuda_kernel(name):
     """The compiled one, or plain torch where osora was built without CUDA."""
     for key in ("CPU", "CUDA"):

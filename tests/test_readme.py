@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the README and the documents promise: their Python runs, their commands exist, their links lead somewhere.
 
-Python blocks of the README run in order, in one namespace, as a reader would type them. An HTML comment that starts
-with `<!-- python` runs as well and is not shown: it makes the tiny model, and checks what the text around it says.
+Python blocks of a document in RUN run in order, in one namespace, as a reader would type them. An HTML comment that
+starts with `<!-- python` runs as well and is not shown: it makes the tiny model, and checks what the text around it
+says.
 """
 
 import re
@@ -16,6 +17,7 @@ from helpers import VOCABULARY, tiny_llama, token_ids
 
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
+RUN = {README: 3, ROOT / "docs/many_adapters.md": 2}  # document -> how many blocks it shows at least
 DOCUMENTS = [README, ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").rglob("*.md"))]
 BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$|^<!-- python\n(.*?)^-->$", flags=re.MULTILINE | re.DOTALL)
 every_document = pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
@@ -51,21 +53,21 @@ def headings(path: Path) -> list[str]:
     return re.findall(r"^#+ (.+)$", without_code, flags=re.MULTILINE)
 
 
-def test_the_python_of_the_readme_runs(tmp_path, monkeypatch):
+@pytest.mark.parametrize("document", RUN, ids=lambda path: path.name)
+def test_the_python_of_a_document_runs(document, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    found = list(blocks(README, "python"))
-    shown = [code for _, code in blocks(README, "python") if "<!--" not in code]
-    assert len(shown) >= 3
+    found = list(blocks(document, "python"))
+    assert text_of(document).count("```python") >= RUN[document]
     names = {"tiny_llama": tiny_llama, "token_ids": token_ids, "VOCABULARY": VOCABULARY}
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         for line, code in found:
-            exec(compile("\n" * (line - 1) + code, str(README), "exec"), names)  # errors name the README's own line
+            exec(compile("\n" * (line - 1) + code, str(document), "exec"), names)  # errors name its own line
 
 
 def test_every_block_says_its_language():
     """So that no block escapes the tests: python and sh are run or checked, text is text."""
-    for document in (README, ROOT / "CONTRIBUTING.md"):
+    for document in (*RUN, ROOT / "CONTRIBUTING.md"):
         fences = re.findall(r"^```(\w*)$", text_of(document), flags=re.MULTILINE)
         assert set(fences[::2]) <= {"python", "sh", "text"}, document.name
         assert not any(fences[1::2]), f"{document.name}: a fence is not closed"

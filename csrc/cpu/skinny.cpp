@@ -1,15 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "cpu/skinny.h"
 
+#include "cpu/features.h"
+
 namespace osora::cpu {
 
 const Skinny* skinny() {
 #ifdef OSORA_X86_64
-  static const Skinny* const best = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl")
-                                        ? &skinny_avx512
-                                    : __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") ? &skinny_avx2
-                                                                                                      : nullptr;
-  return best;
+  return features().avx512 ? &skinny_avx512 : features().avx2 ? &skinny_avx2 : nullptr;
 #else
   return nullptr;
 #endif

@@ -2,56 +2,24 @@
 #include <algorithm>
 
 #include "cuda/fold.h"
+#include "cuda/fold_rows.cuh"
 #include "cuda/half.cuh"
 #include "cuda/launch.h"
+#include "cuda/layout.cuh"
 #include "cuda/reduce.cuh"
 
 namespace osora::cuda {
 namespace {
 
-constexpr int kThreads = 256;
-constexpr int kWarp = 32;
 // Rows one block sums. A constant, and not a share of the GPU: partial sums must not depend on the number of SMs.
 constexpr int kRows = 64;
-constexpr int kLog2MinLanes = 2;  // then a block has at most kRows groups
+static_assert(kRows % (kThreads >> kLog2MinLanes) == 0, "every group makes the same number of turns");
 // Blocks of the backward kernel on one SM: leaves it 64 registers. Left to itself, the compiler spills to get at 32.
 constexpr int kResidentBlocks = 4;
 constexpr int kMaxFoldBlocks = 1024;
 constexpr int kFinishColumns = 32;
 
-// How a block of kThreads lies over a matrix [d, r]: groups of `lanes` threads take a row each, a lane takes N
-// neighbouring columns; lanes * N columns are one tile. 16-byte packs make N = kPerPack; N = 1 is right everywhere.
-struct Layout {
-  int log2_lanes;
-  bool packed_vectors;  // s0 and s can be read in packs as well
-};
-
-struct Place {
-  int lanes, lane, groups, group;
-  __device__ __forceinline__ explicit Place(Layout layout)
-      : lanes(1 << layout.log2_lanes),
-        lane(threadIdx.x & (lanes - 1)),
-        groups(kThreads >> layout.log2_lanes),
-        group(threadIdx.x >> layout.log2_lanes) {}
-};
-
-// start[e] = (s0 + s)[column + e] and shift[e] = s[column + e].
-template <int N, class A>
-__device__ __forceinline__ void load_scales(const A* s0, const A* s, int64_t column, bool packed, A (&start)[N],
-                                            A (&shift)[N]) {
-  if (packed) {
-    load(s0 + column, start);
-    load(s + column, shift);
-  } else {
-#pragma unroll
-    for (int e = 0; e < N; ++e) start[e] = s0[column + e], shift[e] = s[column + e];
-  }
-#pragma unroll
-  for (int e = 0; e < N; ++e) start[e] += shift[e];
-}
-
-// blockIdx.y: column tile. blockIdx.x: rows, strided. A thread keeps its columns of s0 + s and s in registers and
-// walks down the rows.
+// blockIdx.y: column tile. blockIdx.x: rows, strided.
 template <int N, class T, class A>
 __global__ void __launch_bounds__(kThreads)
     fold_kernel(const T* __restrict__ u, const A* __restrict__ s0, const A* __restrict__ s, const A* __restrict__ o,
@@ -59,16 +27,8 @@ __global__ void __launch_bounds__(kThreads)
   const Place at(layout);
   const int64_t column = (int64_t{blockIdx.y} * at.lanes + at.lane) * N;
   if (column >= r) return;
-  A start[N], shift[N];
-  load_scales(s0, s, column, layout.packed_vectors, start, shift);
-  for (int64_t i = int64_t{blockIdx.x} * at.groups + at.group; i < d; i += int64_t{gridDim.x} * at.groups) {
-    A x[N];
-    load(u + i * r + column, x);
-    const A scale = o[i];
-#pragma unroll
-    for (int e = 0; e < N; ++e) x[e] *= multiply_add(scale, start[e], shift[e]);
-    store(x, d_out + i * r + column);
-  }
+  fold_rows<N>(u, s0, s, o, d_out, r, column, layout.packed_vectors, int64_t{blockIdx.x} * at.groups + at.group, d,
+               int64_t{gridDim.x} * at.groups);
 }
 
 // One block per kRows rows, one pass over u and p. Tile by tile of columns: a lane adds up its columns over its rows
@@ -147,21 +107,6 @@ __global__ void __launch_bounds__(kThreads)
   __syncthreads();
   if (slice == 0 && j < r) ds[j] = strided_sum(slices + column, kSlices, kFinishColumns);
 }
-
-template <class... Pointers>
-bool aligned(Pointers... pointers) {
-  return ((reinterpret_cast<uintptr_t>(pointers) % 16 == 0) && ...);
-}
-
-// The fewest lanes that cover r columns with N each, within one warp.
-template <int N>
-Layout layout_for(int64_t r, bool packed_vectors) {
-  int log2_lanes = kLog2MinLanes;
-  while ((1 << log2_lanes) < kWarp && (int64_t{N} << log2_lanes) < r) ++log2_lanes;
-  return {log2_lanes, packed_vectors};
-}
-
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 template <int N, class T, class A = accumulate_t<T>>
 void launch_fold(const T* u, const A* s0, const A* s, const A* o, T* d_out, int64_t d, int64_t r, cudaStream_t stream) {

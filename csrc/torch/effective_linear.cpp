@@ -11,7 +11,7 @@
 #include "torch/effective.h"
 #include "torch/fold.h"
 #include "torch/guards.h"
-#include "torch/linear.h"
+#include "torch/products.h"
 #include "torch/rows.h"
 
 namespace osora {
@@ -24,7 +24,7 @@ std::tuple<at::Tensor, at::Tensor> linear_effective(const at::Tensor& x, const a
   check_linear_effective(x, weight, bias, U, V, S0, s, o);
   const OperatorGuard guard(x.device());
   const auto effective = effective_weight({weight, U, V, S0, s, o}, x.scalar_type());
-  auto h = need_h ? at::mm(as_rows(x), V.to(x.scalar_type())) : at::empty({0}, x.options());
+  auto h = need_h ? down_product(as_rows(x), V.to(x.scalar_type())) : at::empty({0}, x.options());
   return {at::linear(x, effective, bias).contiguous(), h};
 }
 

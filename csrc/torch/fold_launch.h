@@ -8,25 +8,11 @@
 #include <ATen/ops/empty_like.h>
 
 #include <tuple>
-#include <type_traits>
 
 #include "cuda/fold.h"
+#include "torch/cuda_number.h"
 
 namespace osora {
-
-// The CUDA name of a torch number type; both are the same bits.
-template <class T>
-struct CudaNumber {
-  using type = T;
-};
-template <>
-struct CudaNumber<at::BFloat16> {
-  using type = __nv_bfloat16;
-};
-template <>
-struct CudaNumber<at::Half> {
-  using type = __half;
-};
 
 inline at::Tensor fold_launch(const at::Tensor& U, const at::Tensor& S0, const at::Tensor& s, const at::Tensor& o,
                               cudaStream_t stream) {

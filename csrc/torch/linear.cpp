@@ -11,30 +11,18 @@
 #include <ATen/ops/empty.h>
 #include <ATen/ops/linear.h>
 #include <ATen/ops/mm.h>
-#include <ATen/ops/zeros.h>
 #include <torch/library.h>
 
 #include "torch/checks.h"
+#include "torch/decode.h"
 #include "torch/fold.h"
 #include "torch/guards.h"
+#include "torch/products.h"
 #include "torch/rows.h"
 
 namespace osora {
 
 using Optional = std::optional<at::Tensor>;
-
-at::Tensor outer_sum(const at::Tensor& dy, const at::Tensor& h) {
-  const auto exact = accumulate_type(dy.scalar_type());
-  if (exact == dy.scalar_type()) return at::mm(dy.t(), h);
-  if (dy.is_cuda()) return at::mm(dy.t(), h, exact);
-  constexpr int64_t kBlock = 512;
-  auto P = at::zeros({dy.size(1), h.size(1)}, dy.options().dtype(exact));
-  for (int64_t begin = 0; begin < dy.size(0); begin += kBlock) {
-    const int64_t count = std::min(kBlock, dy.size(0) - begin);
-    P.addmm_(dy.narrow(0, begin, count).to(exact).t(), h.narrow(0, begin, count).to(exact));
-  }
-  return P;
-}
 
 at::Tensor linear_plus(const at::Tensor& x, const at::Tensor& rows, const Optional& weight, const Optional& bias,
                        const at::Tensor& h, const at::Tensor& D) {
@@ -58,8 +46,27 @@ std::tuple<at::Tensor, at::Tensor> linear(const at::Tensor& x, const Optional& w
   check_linear(x, weight, bias, U, V, S0, s, o);
   const OperatorGuard guard(x.device());
   const auto rows = as_rows(x);
-  auto h = at::mm(rows, V);
+#ifdef OSORA_CUDA
+  if (plan_linear(rows, weight, U, V) == core::LinearPlan::kDecode) {
+    auto [y, h] = decode_cuda(decode_inputs(rows, weight, bias, U, V, S0, s, o, {}, {}));
+    return {y.view(with_last(x, U.size(0))), h};
+  }
+#endif
+  auto h = down_product(rows, V);
   return {linear_plus(x, rows, weight, bias, h, fold(U, S0, s, o)), h};
+}
+
+at::Tensor down(const at::Tensor& x, const at::Tensor& V) {
+  check_down(x, V);
+  const OperatorGuard guard(x.device());
+  return down_product(as_rows(x), V);
+}
+
+at::Tensor up(const at::Tensor& x, const at::Tensor& h, const Optional& weight, const Optional& bias,
+              const at::Tensor& U, const at::Tensor& S0, const at::Tensor& s, const at::Tensor& o) {
+  check_up(x, h, weight, bias, U, S0, s, o);
+  const OperatorGuard guard(x.device());
+  return linear_plus(x, as_rows(x), weight, bias, h, fold(U, S0, s, o));
 }
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor> linear_backward(const at::Tensor& dy, const at::Tensor& h,
@@ -86,12 +93,16 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> linear_backward(const at::Tensor&
 
 TORCH_LIBRARY_IMPL(osora, CPU, m) {
   m.impl("linear", &linear);
+  m.impl("down", &down);
+  m.impl("up", &up);
   m.impl("linear_backward", &linear_backward);
 }
 
 #ifdef OSORA_CUDA
 TORCH_LIBRARY_IMPL(osora, CUDA, m) {
   m.impl("linear", &linear);
+  m.impl("down", &down);
+  m.impl("up", &up);
   m.impl("linear_backward", &linear_backward);
 }
 #endif

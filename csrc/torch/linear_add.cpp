@@ -5,7 +5,6 @@
 #include <ATen/core/Tensor.h>
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/core/grad_mode.h>
-#include <ATen/ops/mm.h>
 #include <torch/library.h>
 
 #include <utility>
@@ -13,6 +12,7 @@
 #include "torch/checks.h"
 #include "torch/fold.h"
 #include "torch/guards.h"
+#include "torch/products.h"
 #include "torch/rows.h"
 
 namespace osora {
@@ -42,7 +42,7 @@ at::Tensor linear_add_(at::Tensor& y, const at::Tensor& x, const at::Tensor& U, 
                        const at::Tensor& S0, const at::Tensor& s, const at::Tensor& o) {
   check_linear_add(y, x, U, V, S0, s, o);
   const OperatorGuard guard(x.device());
-  auto h = at::mm(as_rows(x), V);
+  auto h = down_product(as_rows(x), V);
   add_product(y, h, fold(U, S0, s, o));
   // The guard hides the writes above from autograd; whoever saved y must hear of them.
   y.unsafeGetTensorImpl()->bump_version();

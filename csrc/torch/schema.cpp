@@ -10,6 +10,8 @@ TORCH_LIBRARY(osora, m) {
 
   // D[d, r] = U * (o (S0 + s) + s): the adapter as one matrix, W = W0 + D V^T.
   m.def("fold(Tensor U, Tensor S0, Tensor s, Tensor o) -> Tensor");
+  // The same of many layers at once: one dtype and device, any shapes. No derivative.
+  m.def("fold_many(Tensor[] U, Tensor[] S0, Tensor[] s, Tensor[] o) -> Tensor[]");
   // P[d, r] = dL/dD  ->  dL/ds [r], dL/do [d]; what is not needed comes back empty, [0].
   m.def(
       "fold_backward(Tensor U, Tensor P, Tensor S0, Tensor s, Tensor o, bool need_s, bool need_o) -> (Tensor, Tensor)");
@@ -18,10 +20,20 @@ TORCH_LIBRARY(osora, m) {
   m.def(
       "linear(Tensor x, Tensor? weight, Tensor? bias, Tensor U, Tensor V, Tensor S0, Tensor s, Tensor o)"
       " -> (Tensor, Tensor)");
+  // The two halves of linear, for those who keep h and compute y again: h = x V, y = x W^T + bias + h D^T.
+  m.def("down(Tensor x, Tensor V) -> Tensor");
+  m.def("up(Tensor x, Tensor h, Tensor? weight, Tensor? bias, Tensor U, Tensor S0, Tensor s, Tensor o) -> Tensor");
   // dy[n, d], h[n, r]  ->  dx[n, k], ds[r], do[d]; what is not needed comes back empty, [0].
   m.def(
       "linear_backward(Tensor dy, Tensor h, Tensor? weight, Tensor U, Tensor V, Tensor S0, Tensor s, Tensor o,"
       " bool need_x, bool need_s, bool need_o) -> (Tensor, Tensor, Tensor)");
+
+  // Row i of x by adapter a = index[i] of A that share U, V and S0; -1 is the base, other numbers are refused on the
+  // CPU and give a row of NaN elsewhere. s [A, r], o [A, d]; of adapter a only the first ranks[a] columns count. y_i =
+  // x_i W^T + bias + o_a (h_i (S0 + s_a)) U^T + (h_i s_a) U^T with h = x V. No derivative.
+  m.def(
+      "linear_multi(Tensor x, Tensor? weight, Tensor? bias, Tensor U, Tensor V, Tensor S0, Tensor s, Tensor o,"
+      " Tensor index, Tensor? ranks=None) -> Tensor");
 
   // y[..., d] += (x V) D^T in place, for a base that owns its product (a quantised one)  ->  h[n, r] = x V.
   m.def("linear_add_(Tensor(a!) y, Tensor x, Tensor U, Tensor V, Tensor S0, Tensor s, Tensor o) -> Tensor");

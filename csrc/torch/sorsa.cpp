@@ -15,6 +15,7 @@
 #include "torch/fold.h"
 #include "torch/guards.h"
 #include "torch/linear.h"
+#include "torch/products.h"
 #include "torch/rows.h"
 
 namespace osora {
@@ -42,7 +43,7 @@ std::tuple<at::Tensor, at::Tensor> sorsa_linear(const at::Tensor& x, const Optio
   const OperatorGuard guard(x.device());
   const int64_t r = U0.size(1);
   const auto rows = as_rows(x);
-  const auto both = at::mm(rows, beside(V0, v));
+  const auto both = down_product(rows, beside(V0, v));
   return {linear_plus(x, rows, weight, bias, both, fold_sorsa(U0, S0, u, s)),
           at::add(both.narrow(1, 0, r), both.narrow(1, r, r))};
 }

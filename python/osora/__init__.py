@@ -3,6 +3,14 @@
 
 from osora import ops_sorsa as ops_sorsa  # its operators exist as soon as osora is imported
 from osora._load import _C
+from osora.adapters import (
+    active_adapter,
+    adapter_names,
+    adapters_in_batch,
+    add_adapter,
+    remove_adapter,
+    set_adapter,
+)
 from osora.checkpoint import AdapterError, load_adapter, save_adapter
 from osora.config import OsoraConfig
 from osora.estimate import Estimate, Machine, estimate
@@ -27,7 +35,11 @@ __all__ = [
     "SvdPlan",
     "TruncatedSVD",
     "__version__",
+    "active_adapter",
+    "adapter_names",
     "adapter_parameters",
+    "adapters_in_batch",
+    "add_adapter",
     "attach",
     "build_info",
     "detach",
@@ -37,7 +49,9 @@ __all__ = [
     "merge",
     "rank_for_energy",
     "refresh",
+    "remove_adapter",
     "save_adapter",
+    "set_adapter",
     "set_execution",
     "spectrum",
     "summary",

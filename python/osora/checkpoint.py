@@ -15,6 +15,7 @@ import warnings
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +24,23 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from osora import fingerprint, ops
+from osora import fingerprint
 from osora.config import OsoraConfig
 from osora.factors import Decomposition, check_max_memory
-from osora.layers import OsoraLinear, oriented_weight
-from osora.patch import adapted_layers, decompose_targets, install, refuse_if_adapted, state_of
-from osora.targets import Target, check_is_linear, check_not_tied, weight_holders
+from osora.layers import DEFAULT, OsoraLinear, fold_exactly, oriented_weight
+from osora.patch import (
+    AdapterState,
+    adapted_layers,
+    check_new_name,
+    decompose_targets,
+    install,
+    install_beside,
+    osora_layers,
+    refuse_if_adapted,
+    refuse_if_busy,
+    state_of,
+)
+from osora.targets import Target, base_modules, check_is_linear, check_not_tied, weight_holders
 
 FORMAT_VERSION = 1
 CONFIG_FILE = "adapter_config.json"
@@ -105,24 +117,19 @@ def _base_weight(layer: OsoraLinear) -> Tensor:
     return oriented_weight(layer.base_layer) if not layer.merged else layer.kept_weight()
 
 
-def _delta_factors(layer: OsoraLinear) -> tuple[Tensor, Tensor]:
-    exact = layer.S0.dtype
-    with torch.no_grad():
-        return ops.fold(layer.U.to(exact), layer.S0, layer.s.to(exact), layer.o.to(exact)), layer.V
-
-
-def _describe(name: str, layer: OsoraLinear) -> dict[str, Any]:
-    weight = _base_weight(layer)
+def _describe(name: str, layer: OsoraLinear, adapter: str) -> dict[str, Any]:
+    weight, (o, s) = _base_weight(layer), layer.deltas(adapter)
+    U, V, S0 = layer.basis(s.numel())
     return {
         "name": name,
-        "rank": layer.rank,
+        "rank": s.numel(),
         "out_features": layer.out_features,
         "in_features": layer.in_features,
         "dtype": str(weight.dtype).removeprefix("torch."),
         "weight_sha256": fingerprint.weight_digest(weight),
         "weight_sketch": fingerprint.weight_sketch(weight, name),
-        "delta_sketch": fingerprint.factored_sketch(*_delta_factors(layer), name),
-        "basis_sketch": fingerprint.factored_sketch(layer.U * layer.S0, layer.V, name),
+        "delta_sketch": fingerprint.factored_sketch(*layer.delta_factors(o, s), name),
+        "basis_sketch": fingerprint.factored_sketch(U * S0, V, name),
         "max_residual": layer.max_residual,
         "passes": layer.passes,
         "converged": layer.converged,
@@ -130,8 +137,10 @@ def _describe(name: str, layer: OsoraLinear) -> dict[str, Any]:
     }
 
 
-def save_adapter(model: nn.Module, folder: str | os.PathLike[str], *, save_basis: bool = True) -> None:
-    """Write the model's adapter to ``folder``, which is made if need be.
+def save_adapter(
+    model: nn.Module, folder: str | os.PathLike[str], *, save_basis: bool = True, name: str | None = None
+) -> None:
+    """Write the model's active adapter, or the one of that name, to ``folder``, which is made if need be.
 
     Args:
         model: a model with an adapter, merged or not.
@@ -139,22 +148,32 @@ def save_adapter(model: nn.Module, folder: str | os.PathLike[str], *, save_basis
         save_basis: store U and V, in the base weight's dtype. Without them the file is a few kilobytes to megabytes
             and loading computes them again from the base; decompose with ``tol <= 1e-4`` then, so that another
             machine finds the same basis.
+        name: which of several adapters; None for the active one. The name itself is not in the file.
 
     Raises:
-        ValueError: no adapter, or NaN or infinite values in it.
+        ValueError: no adapter, none of that name, NaN or infinite values in it, or a model sharded over processes.
         OSError: the folder cannot be written.
     """
-    state, layers = state_of(model), adapted_layers(model)
+    adapter = state_of(model).active if name is None else name
+    state = state_of(model).of(adapter)
+    layers = adapted_layers(model, adapter)
+    for module, layer in layers.items():
+        for key, tensor in layer.named_parameters():
+            if hasattr(tensor, "full_tensor"):  # a DTensor, as FSDP2 makes it
+                raise ValueError(
+                    f"{module}.{key} is sharded over processes; load full_tensor() of every entry of its state_dict "
+                    "into an unsharded copy of the model, and save that"
+                )
     tensors: dict[str, Tensor] = {}
-    for name, layer in layers.items():
-        for key in ("o", "s", *(("U", "V") if save_basis else ())):
-            value = getattr(layer, key).detach()
-            if key in "os":
-                value = value.to(layer.S0.dtype)
+    values = []
+    for module, layer in layers.items():
+        o, s = (t.detach().to(layer.S0.dtype) for t in layer.deltas(adapter))
+        U, V, S0 = layer.basis(s.numel())
+        for key, value in ({"o": o, "s": s} | ({"U": U, "V": V} if save_basis else {})).items():
             if not bool(value.isfinite().all()):
-                raise ValueError(f"{name}.{key} has NaN or infinite values; the adapter is not saved")
-            tensors[f"{name}.{key}"] = value.to("cpu").contiguous()
-    values = [layer.S0.detach().cpu() for layer in layers.values()]
+                raise ValueError(f"{module}.{key} has NaN or infinite values; the adapter is not saved")
+            tensors[f"{module}.{key}"] = value.to("cpu").contiguous()
+        values.append(S0.detach().cpu())
     tensors[SINGULAR_VALUES] = torch.cat([v.to(torch.promote_types(v.dtype, values[0].dtype)) for v in values])
     if not save_basis and state.config.tol > 1e-4:
         warnings.warn(
@@ -164,7 +183,7 @@ def save_adapter(model: nn.Module, folder: str | os.PathLike[str], *, save_basis
             stacklevel=2,
         )
     with ThreadPoolExecutor(max(1, torch.get_num_threads())) as pool:  # hashing leaves the interpreter's lock
-        modules = list(pool.map(lambda item: _describe(*item), layers.items()))
+        modules = list(pool.map(lambda item: _describe(item[0], item[1], adapter), layers.items()))
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     paths = folder / TENSOR_FILE, folder / CONFIG_FILE
@@ -261,6 +280,8 @@ def _find_module(model: nn.Module, described: Mapping[str, Any], holders: dict[i
         module = model.get_submodule(name)
     except AttributeError as error:
         raise AdapterError(f"the adapter is for {name}, which this model does not have") from error
+    if isinstance(module, OsoraLinear):
+        module = module.base_layer
     try:
         check_is_linear(name, module)
         check_not_tied(name, module, holders)
@@ -305,53 +326,105 @@ def _check_all_bases(described: list[dict[str, Any]], weights: list[Tensor]) -> 
         )
 
 
-def _check_rebuilt(described: Mapping[str, Any], layer: OsoraLinear, tol: float) -> None:
-    """Raise if a basis computed again is not the one the adapter was trained in, judged by what it does to W and ΔW."""
+Basis = tuple[Tensor, Tensor, Tensor]
+
+
+def _check_basis(
+    described: Mapping[str, Any], basis: Basis, saved: Mapping[str, Tensor], allowed: float, cure: str
+) -> None:
+    """Raise if U, V, S0 are not the basis that an adapter was trained in, judged by what it does to W and ΔW."""
     name = described["name"]
-    left, right = _delta_factors(layer)
-    # A rebuilt trained change differs by up to 10 tol where singular values are close (docs/svd.md, "Rebuilding").
-    allowed = max(1e-4, 10 * tol)
-    start = layer.U * layer.S0
+    U, V, S0 = basis
+    D, start = fold_exactly(U, S0, saved["o"].to(S0.device), saved["s"].to(S0.device)), U * S0
     for key, now, scale in (
-        ("basis_sketch", fingerprint.factored_sketch(start, layer.V, name), fingerprint.factored_norm(start, layer.V)),
-        ("delta_sketch", fingerprint.factored_sketch(left, right, name), fingerprint.factored_norm(left, right)),
+        ("basis_sketch", fingerprint.factored_sketch(start, V, name), fingerprint.factored_norm(start, V)),
+        ("delta_sketch", fingerprint.factored_sketch(D, V, name), fingerprint.factored_norm(D, V)),
+        (SINGULAR_VALUES, S0.tolist(), float(saved["S0"].max())),
     ):
-        off = max(abs(a - b) for a, b in zip(now, described[key], strict=True))
+        wish = saved["S0"].tolist() if key == SINGULAR_VALUES else described[key]
+        off = max(abs(a - b) for a, b in zip(now, wish, strict=True))
         if off > allowed * scale + 1e-12:
             raise AdapterError(
-                f"{name}: the basis computed again is not the adapter's ({key} off by {off / (scale or 1):.1e}, "
-                f"allowed {allowed:.1e}): save the adapter with save_basis=True, or load it on a base in the dtype it "
-                f"was trained on ({described['dtype']}), decomposed with a smaller tol"
+                f"{name}: {cure.format(f'{key} off by {off / (scale or 1):.1e}, allowed {allowed:.1e}')}"
             )
+
+
+def _rebuilt_allows(tol: float) -> float:
+    """What a basis computed again may change, relative: up to 10 tol where singular values are close (docs/svd.md)."""
+    return max(1e-4, 10 * tol)
+
+
+def _check_rebuilt(described: Mapping[str, Any], layer: OsoraLinear, saved: Mapping[str, Tensor], tol: float) -> None:
+    _check_basis(
+        described,
+        (layer.U, layer.V, layer.S0),
+        saved,
+        _rebuilt_allows(tol),
+        "the basis computed again is not the adapter's ({}): save the adapter with save_basis=True, or load it on a "
+        f"base in the dtype it was trained on ({described['dtype']}), decomposed with a smaller tol",
+    )
+
+
+def _check_shared(
+    described: Mapping[str, Any], layer: OsoraLinear, basis: Basis, saved: Mapping[str, Tensor], tol: float
+) -> None:
+    """The model's basis for an adapter that was trained in one of its own: the same, as far as both are exact?"""
+    allowed, saved_dtype = _rebuilt_allows(max(tol, layer.max_residual)), getattr(torch, described["dtype"], None)
+    if saved_dtype not in _FLOATS:
+        raise AdapterError(f"{described['name']}: dtype must be a floating-point type, got {described['dtype']!r}")
+    if saved_dtype != layer.U.dtype:
+        # U and V are rounded, an error of sqrt(2) units; a sketch may see some six times its root mean square
+        units = [fingerprint.rounding_unit(dtype) for dtype in (saved_dtype, layer.U.dtype)]
+        allowed = max(allowed, 6 * math.sqrt(2) * max(units))
+    _check_basis(
+        described,
+        basis,
+        saved,
+        allowed,
+        "the adapters of a model share one basis, and this one was trained in another ({}): load it into a copy of the "
+        "base model of its own, or train both from decompositions with a smaller tol and the same seed",
+    )
 
 
 def load_adapter(
     model: nn.Module,
     folder: str | os.PathLike[str],
     *,
+    name: str | None = None,
     max_memory: int | None = None,
     progress: bool | None = None,
 ) -> nn.Module:
     """Put a saved adapter on its base model, in place. If anything is wrong, the model is left as it was.
 
+    With a name it may join adapters that are there. It shares their basis, if that is the one it was trained in, and
+    waits: the active adapter stays what it was (:func:`osora.set_adapter`, :func:`osora.adapters_in_batch`).
+
     Args:
         model: the base model the adapter was trained on; another dtype of it is accepted with a warning.
         folder: what :func:`save_adapter` wrote.
+        name: what to call it. None is for a model without any, where it is called "default".
         max_memory: bytes that computing a basis again may take, as for :func:`osora.attach`.
         progress: a progress bar while a basis is computed again; by default only on a terminal.
 
     Returns:
-        ``model`` itself, with o and s trainable and everything else frozen.
+        ``model`` itself, with o and s trainable (of an adapter that joined others: frozen) and everything else frozen.
 
     Raises:
         FileNotFoundError: no adapter in ``folder``.
-        AdapterError: a damaged or foreign file; another base; a basis that cannot be computed again.
-        ValueError: the model has an adapter already; a weight cannot be decomposed within max_memory.
+        AdapterError: a damaged or foreign file; another base; a basis that cannot be computed again, or is not the
+            one that the model's other adapters share.
+        ValueError: no name is given and the model has an adapter already; the name is taken; the model is merged; a
+            weight cannot be decomposed within max_memory.
     """
     folder = Path(folder)
     began = time.perf_counter()
     check_max_memory(max_memory)
-    refuse_if_adapted(model)
+    if name is None:
+        refuse_if_adapted(model)
+        name = DEFAULT
+    check_new_name(model, name)
+    refuse_if_busy(model)
+    there = {id(layer.base_layer): layer for layer in osora_layers(model).values()}
     description = _read_config(folder / CONFIG_FILE)
     tensors = _read_tensors(folder / TENSOR_FILE, description)
     try:
@@ -359,8 +432,57 @@ def load_adapter(
     except (TypeError, ValueError) as error:
         raise AdapterError(f"{folder / CONFIG_FILE}: {error}") from error
     modules = {item["name"]: item for item in description["modules"]}
+    targets = _find_targets(model, modules, config)
+    _check_all_bases(list(modules.values()), [oriented_weight(target.module) for target in targets])
+
+    S0 = dict(zip(modules, tensors[SINGULAR_VALUES].split([m["rank"] for m in modules.values()]), strict=True))
+    wanting = [t for t in targets if not _has_basis(there.get(id(t.module)), modules[t.name]["rank"])]
+    if description["save_basis"]:
+        factors = {t.name: _stored_factors(modules[t.name], tensors, S0[t.name]) for t in wanting}
+    else:
+        rebuilt = decompose_targets(wanting, config, max_memory=max_memory, unconverged="warn", progress=progress)
+        factors = {
+            target.name: replace(found.leading(modules[target.name]["rank"]), S=S0[target.name])
+            for target, found in rebuilt
+        }
+
+    new: list[tuple[Target, OsoraLinear]] = []
+    joined: list[tuple[Target, OsoraLinear, dict[str, Tensor]]] = []
+    for target in targets:
+        item, found = modules[target.name], factors.get(target.name)
+        saved = {"o": tensors[f"{target.name}.o"], "s": tensors[f"{target.name}.s"], "S0": S0[target.name]}
+        if (layer := there.get(id(target.module))) is not None:
+            basis = layer.basis(item["rank"]) if found is None else layer.widened(found)
+            _check_shared(item, layer, basis, saved, config.tol)
+            joined.append((target, layer, saved))
+            continue
+        assert found is not None
+        layer = OsoraLinear(target.module, found, config.dropout, name)
+        with torch.no_grad():
+            for key, value in saved.items():
+                getattr(layer, key).copy_(value)
+        if not description["save_basis"]:
+            _check_rebuilt(item, layer, saved, config.tol)
+        new.append((target, layer))
+
+    # All is checked: the model changes from here on.
+    for target, layer, saved in joined:
+        if target.name in factors:
+            layer.widen(factors[target.name])
+        layer.add_adapter(name, saved["o"], saved["s"])
+    put = install_beside if there else install
+    put(model, new, name, AdapterState(config, time.perf_counter() - began))
+    return model
+
+
+def _has_basis(layer: OsoraLinear | None, rank: int) -> bool:
+    return layer is not None and layer.S0.numel() >= rank
+
+
+def _find_targets(model: nn.Module, modules: Mapping[str, Mapping[str, Any]], config: OsoraConfig) -> list[Target]:
+    """The saved adapter's modules in this model, in the file's order."""
     names_of: dict[int, list[str]] = {}
-    for name, module in model.named_modules(remove_duplicate=False):
+    for name, module in base_modules(model):
         names_of.setdefault(id(module), []).append(name)
     holders = weight_holders(model)
     targets: list[Target] = []
@@ -370,29 +492,7 @@ def load_adapter(
         if names[0] != item["name"] or any(module is target.module for target in targets):
             raise AdapterError(f"{item['name']} is another name of {names[0]} or of a module named before it")
         targets.append(Target(tuple(names), module, _rank_decomposed(item, config)))
-    _check_all_bases(list(modules.values()), [oriented_weight(target.module) for target in targets])
-
-    S0 = dict(zip(modules, tensors[SINGULAR_VALUES].split([m["rank"] for m in modules.values()]), strict=True))
-    if description["save_basis"]:
-        found = [(target, _stored_factors(modules[target.name], tensors, S0[target.name])) for target in targets]
-    else:
-        rebuilt = decompose_targets(targets, config, max_memory=max_memory, unconverged="warn", progress=progress)
-        found = [(target, factors.leading(modules[target.name]["rank"])) for target, factors in rebuilt]
-    layers = []
-    for target, factors in found:
-        item = modules[target.name]
-        layer = OsoraLinear(target.module, factors, config.dropout)
-        with torch.no_grad():
-            layer.o.copy_(tensors[f"{target.name}.o"])
-            layer.s.copy_(tensors[f"{target.name}.s"])
-            layer.S0.copy_(S0[target.name])
-        if not description["save_basis"]:
-            _check_rebuilt(item, layer, config.tol)
-        layers.append((target, layer))
-    order = {name: i for i, name in enumerate(modules)}
-    layers.sort(key=lambda pair: order[pair[0].name])
-    install(model, layers, config, time.perf_counter() - began)
-    return model
+    return targets
 
 
 def _rank_decomposed(described: Mapping[str, Any], config: OsoraConfig) -> int:

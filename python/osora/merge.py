@@ -9,6 +9,7 @@ from osora.patch import adapted_layers, merge_layers, state_of
 def merge(model: nn.Module) -> nn.Module:
     """Put ``W0 + D Vᵀ``, summed in float32 and rounded once, in every adapted layer: forward costs what the base does.
 
+    Of several adapters it is the active one, in the layers that it is in.
     The base weights are kept beside the merged ones (one more copy of the adapted weights) for :func:`unmerge`.
     If one layer cannot be merged, none is.
 

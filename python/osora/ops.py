@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from osora import _load, reference
 
@@ -32,6 +33,12 @@ def _(U: Tensor, S0: Tensor, s: Tensor, o: Tensor) -> Tensor:
     return U.new_empty(U.shape)
 
 
+@torch.library.register_fake("osora::fold_many")
+def _(U: Sequence[Tensor], S0: Sequence[Tensor], s: Sequence[Tensor], o: Sequence[Tensor]) -> list[Tensor]:
+    _one_device("fold_many", *U, *S0, *s, *o)
+    return [u.new_empty(u.shape) for u in U]
+
+
 @torch.library.register_fake("osora::fold_backward")
 def _(U: Tensor, P: Tensor, S0: Tensor, s: Tensor, o: Tensor, need_s: bool, need_o: bool) -> tuple[Tensor, Tensor]:
     _one_device("fold_backward", U, P, S0, s, o)
@@ -45,6 +52,20 @@ def _(
     _one_device("linear", x, weight, bias, U, V, S0, s, o)
     rows = math.prod(x.shape[:-1])
     return x.new_empty((*x.shape[:-1], U.shape[0])), x.new_empty((rows, U.shape[1]))
+
+
+@torch.library.register_fake("osora::down")
+def _(x: Tensor, V: Tensor) -> Tensor:
+    _one_device("down", x, V)
+    return x.new_empty((math.prod(x.shape[:-1]), V.shape[1]))
+
+
+@torch.library.register_fake("osora::up")
+def _(
+    x: Tensor, h: Tensor, weight: Tensor | None, bias: Tensor | None, U: Tensor, S0: Tensor, s: Tensor, o: Tensor
+) -> Tensor:
+    _one_device("up", x, h, weight, bias, U, S0, s, o)
+    return x.new_empty((*x.shape[:-1], U.shape[0]))
 
 
 @torch.library.register_fake("osora::linear_backward")
@@ -67,6 +88,23 @@ def _(
     ds = dy.new_empty(U.shape[1] if need_s else 0, dtype=sums)
     do = dy.new_empty(U.shape[0] if need_o else 0, dtype=sums)
     return dx, ds, do
+
+
+@torch.library.register_fake("osora::linear_multi")
+def _(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    U: Tensor,
+    V: Tensor,
+    S0: Tensor,
+    s: Tensor,
+    o: Tensor,
+    index: Tensor,
+    ranks: Tensor | None = None,
+) -> Tensor:
+    _one_device("linear_multi", x, weight, bias, U, V, S0, s, o, index)
+    return x.new_empty((*x.shape[:-1], U.shape[0]))
 
 
 @torch.library.register_fake("osora::linear_add_")
@@ -132,6 +170,20 @@ def _fold_gradient(ctx: Any, dD: Tensor) -> tuple[Tensor | None, ...]:
 torch.library.register_autograd("osora::fold", _fold_gradient, setup_context=_fold_setup)
 
 
+def _fold_many_setup(ctx: Any, inputs: tuple, output: list[Tensor]) -> None:
+    raise RuntimeError(
+        "osora::fold_many has no derivative, and an input requires a gradient: call it under torch.no_grad() or with "
+        "detached tensors; osora.ops.fold of each layer is differentiable in s and o"
+    )
+
+
+def _fold_many_gradient(ctx: Any, *dD: Any) -> None:
+    raise AssertionError("the set-up raises")
+
+
+torch.library.register_autograd("osora::fold_many", _fold_many_gradient, setup_context=_fold_many_setup)
+
+
 def _linear_save(ctx: Any, inputs: tuple, h: Tensor) -> None:
     _, weight, _, U, V, S0, s, o = inputs
     _refuse_frozen(
@@ -184,8 +236,8 @@ torch.library.register_autograd("osora::linear", _registered_gradient, setup_con
 def _no_double_backward(name: str) -> Callable:
     def backward(ctx: Any, *grads: Tensor) -> None:
         raise RuntimeError(
-            f"{name} has no derivative of its own: double backward (create_graph=True, torch.func.hessian, gradient "
-            "penalties) is not supported through osora's operators"
+            f"{name} has no derivative of its own: double backward (create_graph=True, gradient penalties) is not "
+            "supported through osora's operators; torch.func.grad and torch.func.hessian are"
         )
 
     return backward
@@ -195,19 +247,59 @@ for _name in ("osora::fold_backward", "osora::linear_backward"):
     torch.library.register_autograd(_name, _no_double_backward(_name))
 
 
+def _refuse_training(*_: Any, **__: Any) -> None:
+    raise RuntimeError(
+        "osora::linear_multi is for inference, and an input requires a gradient: call it under torch.no_grad(), or "
+        "train one adapter at a time with osora::linear"
+    )
+
+
+torch.library.register_autograd("osora::linear_multi", _refuse_training, setup_context=_refuse_training)
+
+
+def _half_backward(ctx: Any, *grads: Tensor) -> None:
+    raise RuntimeError("osora::down and osora::up have no derivatives of their own: call osora.ops.linear, which has")
+
+
+for _name in ("osora::down", "osora::up"):
+    torch.library.register_autograd(_name, _half_backward)
+
+
 class _Linear(torch.autograd.Function):
     """``osora::linear`` for autograd. About 40 us a call cheaper than an operator's registered derivative."""
 
     @staticmethod
-    def forward(ctx: Any, autocast: bool, *inputs: Tensor | None) -> Tensor:
+    def forward(ctx: Any, cast: bool, *inputs: Tensor | None) -> Tensor:
         # The frozen tensors are cast here and once more in the backward: a 16-bit copy is not worth keeping.
-        y, h = _ops.linear(*(_cast_frozen(inputs) if autocast else inputs))
+        x, weight, bias, U, V, *deltas = _cast_frozen(inputs) if cast else inputs
+        if _watched():
+            h = _ops.down(x, V)
+            y = _ops.up(x, h, weight, bias, U, *deltas)
+        else:
+            y, h = _ops.linear(x, weight, bias, U, V, *deltas)
         _linear_save(ctx, inputs, h)
         return y
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         return None, *_linear_gradient(ctx, dy)
+
+
+def _watched() -> bool:
+    """Whether someone decides operator by operator: a compiler, or a policy of selective activation checkpointing.
+
+    For them h is an operator of its own, ``osora::down``, so that it can be kept without y. The same bits, but one
+    call more.
+    """
+    return torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0
+
+
+def _transformed() -> bool:
+    """Inside a transform of torch.func, or forward-mode differentiation: they see through plain torch alone."""
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+
+
+_HALVES = (torch.bfloat16, torch.float16)
 
 
 def _cast_frozen(inputs: tuple) -> tuple:
@@ -247,9 +339,31 @@ class _LinearAdd(torch.autograd.Function):
 def fold(U: Tensor, S0: Tensor, s: Tensor, o: Tensor) -> Tensor:
     """The adapter as one matrix D [d, r], ``W = W0 + D Vᵀ``; see :func:`osora.reference.fold`.
 
-    Differentiable in s and o. Raises RuntimeError for wrong shapes, dtypes or devices, naming the argument.
+    Differentiable in s and o. Raises RuntimeError for wrong shapes, dtypes or devices, naming the argument. Under
+    torch.func and forward-mode differentiation it is plain torch.
     """
-    return _ops.fold(U, S0, s, o)
+    return reference.fold(U, S0, s, o) if _transformed() else _ops.fold(U, S0, s, o)
+
+
+def fold_many(U: Sequence[Tensor], S0: Sequence[Tensor], s: Sequence[Tensor], o: Sequence[Tensor]) -> list[Tensor]:
+    """:func:`fold` of many layers at once, bit for bit: one launch on a card, one parallel loop on a CPU.
+
+    Args:
+        U: left singular vectors, [d, r] of any shapes, of one dtype and on one device.
+        S0: singular values, [r] each.
+        s: changes of the singular values, [r] each.
+        o: changes of the output scales, [d] each.
+
+    Returns:
+        D of each layer, [d, r] in U's dtype.
+
+    Raises:
+        RuntimeError: lists of different lengths; a wrong shape, dtype or device, naming the layer by its place and the
+            argument; an input requires a gradient and gradients are enabled (there is none: use :func:`fold`).
+    """
+    if not any((U, S0, s, o)):  # torch finds an operator's device by its tensors
+        return []
+    return _ops.fold_many(U, S0, s, o)
 
 
 def linear(
@@ -267,12 +381,17 @@ def linear(
     Differentiable in x, bias, s and o. For the backward it saves ``h = x V`` [n, r] and nothing else beside the
     parameters. Under ``torch.autocast`` x, weight, bias, U and V take the autocast dtype; S0, s and o never do.
 
+    The transforms of torch.func and forward-mode differentiation get :func:`osora.reference.linear`, plain torch that
+    they can see through: every one of them works, at the memory of plain torch. To selective activation checkpointing
+    and to compilers h is the output of ``torch.ops.osora.down``.
+
     Args:
         x: input [..., k].
         weight: frozen base weight [d, k] in any strides, or None for the adapter's branch alone.
         bias: [d] or None; it is not scaled by O.
-        U: left singular vectors [d, r], in x's dtype.
-        V: right singular vectors [k, r], in x's dtype.
+        U: left singular vectors [d, r], in x's dtype; float32 too, with V, for 16-bit x and weight (FSDP2 casts
+            parameters and no buffers): both are cast, and what is kept are the float32 ones.
+        V: right singular vectors [k, r], as U.
         S0: singular values [r], float32 (float64 for float64 x).
         s: change of the singular values [r], float32 (float64); 16-bit is accepted.
         o: change of the output scales, O − 1, [d], as s.
@@ -284,11 +403,65 @@ def linear(
         RuntimeError: wrong shape, dtype or device, naming the argument; weight, U, V or S0 require a gradient; double
             backward.
     """
+    x, bias, cast = _autocast(x, bias)
+    # FSDP2's MixedPrecisionPolicy casts parameters to 16 bits, and leaves buffers, such as U and V, in float32.
+    narrowed = x.dtype in _HALVES and U.dtype == V.dtype == torch.float32
+    cast = cast or (narrowed and (weight is None or weight.dtype == x.dtype))
+    inputs = (x, weight, bias, U, V, S0, s, o)
+    transformed = _transformed()
+    trained = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs)
+    # An exported graph has the operator itself, whose registered derivative serves whoever trains it.
+    if trained and not transformed and not torch.compiler.is_exporting():
+        return _Linear.apply(cast, *inputs)
+    inputs = _cast_frozen(inputs) if cast else inputs
+    return (reference.linear if transformed else _ops.linear)(*inputs)[0]
+
+
+def linear_multi(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    U: Tensor,
+    V: Tensor,
+    S0: Tensor,
+    s: Tensor,
+    o: Tensor,
+    index: Tensor,
+    ranks: Tensor | None = None,
+) -> Tensor:
+    """:func:`linear` with another adapter for each row, for inference.
+
+    ``y_i = x_i W0ᵀ + bias + (x_i V) D_aᵀ`` with ``a = index[i]``. The adapters share U, V, S0 and the base weight, and
+    the time hardly depends on how many there are. Autocast is as for :func:`linear`.
+
+    Args:
+        x: input [..., k].
+        weight: base weight [d, k] in any strides, or None for the adapters' branches alone.
+        bias: [d] or None.
+        U: left singular vectors [d, r], in x's dtype.
+        V: right singular vectors [k, r], in x's dtype.
+        S0: singular values [r], float32 (float64 for float64 x).
+        s: changes of the singular values [A, r], float32 (float64); 16-bit is accepted, and widened in every call.
+        o: changes of the output scales [A, d], as s.
+        index: int64 on x's device: the adapter of each row, −1 for the base, whose rows are those of
+            ``torch.nn.functional.linear`` bit for bit. Its shape is x's without the last dimension, or the first of
+            these dimensions alone: for x [batch, tokens, k] also [batch], one adapter a sequence.
+        ranks: [A] int64, on the CPU or x's device: adapter a has rank ``ranks[a]`` and uses that many leading columns
+            of U, V and S0. None: all have rank r.
+
+    Returns:
+        y [..., d] in x's dtype.
+
+    Raises:
+        IndexError: on the CPU, a value of index or ranks out of range. On another device nobody waits to look: an
+            index out of range gives a row of NaN, and a rank out of range is taken for the nearest that there is.
+        RuntimeError: wrong shape, dtype or device, naming the argument; a gradient would be needed.
+    """
     x, bias, autocast = _autocast(x, bias)
     inputs = (x, weight, bias, U, V, S0, s, o)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs):
-        return _Linear.apply(autocast, *inputs)
-    return _ops.linear(*(_cast_frozen(inputs) if autocast else inputs))[0]
+        _refuse_training()
+    return _ops.linear_multi(*(_cast_frozen(inputs) if autocast else inputs), index, ranks)
 
 
 def linear_add_(y: Tensor, x: Tensor, U: Tensor, V: Tensor, S0: Tensor, s: Tensor, o: Tensor) -> Tensor:
@@ -312,7 +485,8 @@ def linear_add_(y: Tensor, x: Tensor, U: Tensor, V: Tensor, S0: Tensor, s: Tenso
         RuntimeError: wrong shape, dtype or device, naming the argument; y overlaps itself or another argument; y is a
             leaf that requires a gradient; a frozen argument requires one; double backward.
     """
-    if torch.compiler.is_compiling():  # an operator that writes to an argument has no derivative there
+    # An operator that writes to an argument has no derivative there.
+    if torch.compiler.is_compiling() or _transformed():
         return y.add_(linear(x, None, None, U, V, S0, s, o))
     x, _, autocast = _autocast(x, None)
     x = x.to(y.dtype) if autocast else x
@@ -362,5 +536,13 @@ def _serve_by_reference(*functions: Callable) -> None:
 
 
 _serve_by_reference(
-    reference.fold, reference.fold_backward, reference.linear, reference.linear_backward, reference.linear_add_
+    reference.fold,
+    reference.fold_many,
+    reference.fold_backward,
+    reference.linear,
+    reference.down,
+    reference.up,
+    reference.linear_backward,
+    reference.linear_multi,
+    reference.linear_add_,
 )

@@ -9,11 +9,11 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 
-from torch import nn
+from torch import Tensor, nn
 
 from osora.config import OsoraConfig
 from osora.factors import Decomposition, Unconverged, check_matrix, check_max_memory, decompose, svd_plan
-from osora.layers import OsoraLinear, oriented_weight
+from osora.layers import DEFAULT, OsoraLinear, oriented_weight
 from osora.spectrum import captured_energy, rank_for_energy
 from osora.targets import Target, find_targets
 
@@ -24,13 +24,32 @@ _BATCH_ENTRIES = 2**24  # weight entries decomposed in one call: bounds the fact
 
 
 @dataclass
-class State:
-    """What :func:`attach` did to a model: enough to undo it, and to say what it was."""
+class AdapterState:
+    """What one adapter was asked to be, and what came of it."""
 
     config: OsoraConfig
     seconds: float
+    notes: dict[str, str] = field(default_factory=dict)  # module name -> what is worth a line
+
+
+@dataclass
+class State:
+    """What was done to a model: enough to undo it, and to say what it was."""
+
     required_grad: dict[str, bool]  # parameter name in the model as it came -> requires_grad
-    notes: dict[str, str] = field(default_factory=dict)
+    active: str
+    adapters: dict[str, AdapterState]  # in the order they came
+
+    @property
+    def current(self) -> AdapterState:
+        """The active adapter's."""
+        return self.adapters[self.active]
+
+    def of(self, name: str) -> AdapterState:
+        """The adapter's; raises ValueError if there is none of that name."""
+        if name not in self.adapters:
+            raise ValueError(f"this model has no adapter {name!r}; it has {', '.join(map(repr, self.adapters))}")
+        return self.adapters[name]
 
 
 def state_of(model: nn.Module) -> State:
@@ -43,9 +62,39 @@ def state_of(model: nn.Module) -> State:
     return state
 
 
-def adapted_layers(model: nn.Module) -> dict[str, OsoraLinear]:
-    """Name → adapted layer, in the model's order; a shared layer once."""
+def osora_layers(model: nn.Module) -> dict[str, OsoraLinear]:
+    """Name → layer that any adapter is in, in the model's order; a shared layer once."""
     return {name: module for name, module in model.named_modules() if isinstance(module, OsoraLinear)}
+
+
+def adapted_layers(model: nn.Module, adapter: str | None = None) -> dict[str, OsoraLinear]:
+    """Name → layer that the adapter is in, or the active one, in the model's order; a shared layer once."""
+    layers = osora_layers(model).items()
+    if adapter is None:
+        return {name: layer for name, layer in layers if layer.adapter is not None}
+    return {name: layer for name, layer in layers if adapter in layer.adapters()}
+
+
+def refuse_if_busy(model: nn.Module) -> None:
+    """Raise ValueError where adapters cannot be exchanged now: merged, or within a batch of several."""
+    for name, layer in osora_layers(model).items():
+        if layer.merged:
+            raise ValueError(f"{name}: the adapter is merged: call osora.unmerge(model) first")
+        if layer.batch is not None:
+            raise ValueError("adapters cannot be exchanged within adapters_in_batch")
+
+
+def check_new_name(model: nn.Module, name: str) -> None:
+    """Raise TypeError or ValueError for a name that no further adapter of the model can have."""
+    if not isinstance(name, str):
+        raise TypeError(f"an adapter's name must be a str, got {name!r}")
+    if not name or "." in name:
+        raise ValueError(
+            f"an adapter's name must not be empty nor have a dot (it is part of state_dict keys): {name!r}"
+        )
+    state = getattr(model, _STATE, None)
+    if isinstance(state, State) and name in state.adapters:
+        raise ValueError(f"this model has an adapter {name!r} already: remove it first, or take another name")
 
 
 # -- decompose -------------------------------------------------------------------------------------------------------
@@ -110,15 +159,15 @@ def decompose_targets(
                 bar.advance(task)
 
 
-def _keep_enough(target: Target, factors: Decomposition, fraction: float) -> tuple[Target, Decomposition]:
-    """The fewest leading triplets that hold ``fraction`` of the weight's energy, or all of them and a note."""
-    energy = captured_energy(factors.S, factors.norm)
+def with_enough(target: Target, S: Tensor, norm: Tensor | float, fraction: float) -> Target:
+    """The target with the fewest triplets that hold ``fraction`` of its weight's energy, or all of them and a note."""
+    energy = captured_energy(S, norm)
     rank = rank_for_energy(energy, fraction)
     if rank is not None:
-        return replace(target, rank=rank), factors.leading(rank)
+        return replace(target, rank=rank)
     held = math.floor(float(energy[-1]) * 1e4) / 1e4  # rounded up, it could read as enough
     note = f"rank {target.rank} holds {held} of the energy, rank_for_energy={fraction:g} asks for more"
-    return replace(target, note="; ".join(filter(None, (target.note, note)))), factors
+    return replace(target, note="; ".join(filter(None, (target.note, note))))
 
 
 # -- in and out ------------------------------------------------------------------------------------------------------
@@ -130,29 +179,62 @@ def _replace(model: nn.Module, names: Iterable[str], module: nn.Module) -> None:
         setattr(model.get_submodule(parent), last, module)
 
 
-def install(model: nn.Module, layers: list[tuple[Target, OsoraLinear]], config: OsoraConfig, seconds: float) -> None:
-    """Wrap the targets in their finished layers and freeze everything else."""
-    state = State(config, seconds, {name: p.requires_grad for name, p in model.named_parameters()})
-    state.notes = {target.name: target.note for target, _ in layers if target.note}
+Layers = list[tuple[Target, OsoraLinear]]
+
+
+def install(model: nn.Module, layers: Layers, name: str, adapter: AdapterState) -> None:
+    """Wrap the targets in their finished layers and freeze everything else: the model's first adapter."""
+    required_grad = {name: p.requires_grad for name, p in model.named_parameters()}
     for parameter in model.parameters():
         parameter.requires_grad_(False)
     for target, layer in layers:
         _replace(model, target.names, layer)
-    setattr(model, _STATE, state)
-    for name, note in state.notes.items():
+    setattr(model, _STATE, State(required_grad, name, {name: adapter}))
+    _say(adapter)
+
+
+def install_beside(model: nn.Module, layers: Layers, name: str, adapter: AdapterState) -> None:
+    """A further adapter, which waits: ``layers`` are the new ones; those that were there have its o and s already."""
+    for target, layer in layers:
+        layer.select_adapter(None)
+        layer.requires_grad_(False)
+        _replace(model, target.names, layer)
+    state_of(model).adapters[name] = adapter
+    _say(adapter)
+
+
+def _say(adapter: AdapterState) -> None:
+    for name, note in adapter.notes.items():
         log.info("%s: %s", name, note)
+
+
+def notes_of(targets: Iterable[Target]) -> dict[str, str]:
+    """Module name → its target's note."""
+    return {target.name: target.note for target in targets if target.note}
+
+
+def unwrap(model: nn.Module, layers: Iterable[OsoraLinear]) -> None:
+    """Put their base layers back in their places, under every name they have."""
+    identities = {id(layer) for layer in layers}
+    for name, module in list(model.named_modules(remove_duplicate=False)):
+        if isinstance(module, OsoraLinear) and id(module) in identities:
+            _replace(model, [name], module.base_layer)
 
 
 def refuse_if_adapted(model: nn.Module) -> None:
     """Raise ValueError if the model has an adapter already."""
-    if getattr(model, _STATE, None) is not None or adapted_layers(model):
-        raise ValueError("this model has an osora adapter already: call osora.detach(model) before attaching another")
+    if getattr(model, _STATE, None) is not None or osora_layers(model):
+        raise ValueError(
+            "this model has an osora adapter already: call osora.detach(model) before attaching another, or give the "
+            "new one a name with osora.add_adapter(model, name) or osora.load_adapter(model, folder, name=name)"
+        )
 
 
 def attach(
     model: nn.Module,
     config: OsoraConfig | None = None,
     *,
+    name: str = DEFAULT,
     max_memory: int | None = None,
     unconverged: Unconverged = "warn",
     progress: bool | None = None,
@@ -165,6 +247,7 @@ def attach(
     Args:
         model: any ``nn.Module`` with linear layers.
         config: what to adapt; by default every linear layer but the output head, at rank 64.
+        name: the adapter's, to tell it from those that osora.add_adapter and osora.load_adapter put beside it.
         max_memory: bytes that a decomposition may take beyond the weights and the factors, None for no limit; see
             :func:`osora.svd_plan`. Fewer weights are in work at the same time if need be.
         unconverged: "warn" or "raise" when a decomposition misses ``config.tol``.
@@ -183,6 +266,7 @@ def attach(
     if not isinstance(config, OsoraConfig):
         raise TypeError(f"config must be an OsoraConfig, got {type(config).__name__}")
     refuse_if_adapted(model)
+    check_new_name(model, name)
     began = time.perf_counter()
     targets = find_targets(model, config)
     layers = []
@@ -190,9 +274,11 @@ def attach(
         targets, config, max_memory=max_memory, unconverged=unconverged, progress=progress
     ):
         if config.rank_for_energy is not None:
-            target, factors = _keep_enough(target, factors, config.rank_for_energy)
-        layers.append((target, OsoraLinear(target.module, factors, config.dropout)))
-    install(model, layers, config, time.perf_counter() - began)
+            target = with_enough(target, factors.S, factors.norm, config.rank_for_energy)
+            factors = factors.leading(target.rank)
+        layers.append((target, OsoraLinear(target.module, factors, config.dropout, name)))
+    notes = notes_of(target for target, _ in layers)
+    install(model, layers, name, AdapterState(config, time.perf_counter() - began, notes))
     return model
 
 
@@ -210,11 +296,12 @@ def merge_layers(layers: Mapping[str, OsoraLinear]) -> None:
 
 
 def detach(model: nn.Module, *, merged: bool = False) -> nn.Module:
-    """Take the adapter off, in place: the very modules and tensors that were there, trainable or not as they were.
+    """Take every adapter off, in place: the very modules and tensors that were there, trainable or not as they were.
 
     Args:
         model: a model with an adapter, merged or not.
-        merged: leave the merged weights in place of the base weights, as a plain model to save or serve.
+        merged: leave the active adapter's merged weights in place of the base weights, as a plain model to save or
+            serve.
 
     Returns:
         ``model`` itself.
@@ -227,9 +314,7 @@ def detach(model: nn.Module, *, merged: bool = False) -> nn.Module:
         for layer in layers.values():
             if layer.merged:
                 layer.unmerge()
-    for name, module in list(model.named_modules(remove_duplicate=False)):
-        if isinstance(module, OsoraLinear):
-            _replace(model, [name], module.base_layer)
+    unwrap(model, osora_layers(model).values())
     delattr(model, _STATE)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(state.required_grad.get(name, parameter.requires_grad))
@@ -240,7 +325,7 @@ def detach(model: nn.Module, *, merged: bool = False) -> nn.Module:
 def disabled(model: nn.Module) -> Iterator[nn.Module]:
     """Within it, the model is its base, bit for bit (a reference model for DPO, say). Raises ValueError if merged."""
     state_of(model)
-    layers = list(adapted_layers(model).values())
+    layers = list(osora_layers(model).values())
     if any(layer.merged for layer in layers):
         raise ValueError("the adapter is merged: call osora.unmerge(model) first")
     before = [layer.enabled for layer in layers]
@@ -254,6 +339,6 @@ def disabled(model: nn.Module) -> Iterator[nn.Module]:
 
 
 def adapter_parameters(model: nn.Module) -> list[nn.Parameter]:
-    """The trained parameters, o and s of every adapted layer, for an optimiser."""
+    """The trained parameters, the active adapter's o and s in every layer that it is in, for an optimiser."""
     state_of(model)
     return [parameter for layer in adapted_layers(model).values() for parameter in (layer.o, layer.s)]

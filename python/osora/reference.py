@@ -16,6 +16,7 @@ so the base weight W0 is never changed, and o = s = 0 is the base model exactly.
 """
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -41,6 +42,11 @@ def fold(U: Tensor, S0: Tensor, s: Tensor, o: Tensor) -> Tensor:
     exact = accumulate_dtype(U.dtype)
     start, s, o = S0.to(exact) + s.to(exact), s.to(exact), o.to(exact)
     return (U.to(exact) * (o[:, None] * start + s)).to(U.dtype)
+
+
+def fold_many(U: Sequence[Tensor], S0: Sequence[Tensor], s: Sequence[Tensor], o: Sequence[Tensor]) -> list[Tensor]:
+    """:func:`fold` of many layers: lists of one length, a layer at each place."""
+    return [fold(*layer) for layer in zip(U, S0, s, o, strict=True)]
 
 
 def fold_backward(
@@ -78,14 +84,25 @@ def linear(
     Returns:
         y [..., d] and h [n, r], the only tensor the backward needs beside the parameters.
     """
-    rows = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
-    h = rows @ V
+    h = down(x, V)
+    return up(x, h, weight, bias, U, S0, s, o), h
+
+
+def down(x: Tensor, V: Tensor) -> Tensor:
+    """The first half of :func:`linear`: ``h = x V`` [n, r] for x [..., k]."""
+    return x.reshape(math.prod(x.shape[:-1]), x.shape[-1]) @ V
+
+
+def up(
+    x: Tensor, h: Tensor, weight: Tensor | None, bias: Tensor | None, U: Tensor, S0: Tensor, s: Tensor, o: Tensor
+) -> Tensor:
+    """The second half of :func:`linear`: ``y = x W0ᵀ + bias + h Dᵀ`` [..., d]."""
     y = h @ fold(U, S0, s, o).t()
     if bias is not None:
         y = y + bias
     if weight is not None:
-        y = y + rows @ weight.t()
-    return y.reshape(*x.shape[:-1], U.shape[0]), h
+        y = y + x.reshape(math.prod(x.shape[:-1]), x.shape[-1]) @ weight.t()
+    return y.reshape(*x.shape[:-1], U.shape[0])
 
 
 def linear_backward(
@@ -120,6 +137,96 @@ def linear_backward(
     else:
         ds, do = S0.new_empty(0), S0.new_empty(0)
     return dx, ds, do
+
+
+def multi_scale(h: Tensor, S0: Tensor, s: Tensor, ranks: Tensor | None, index: Tensor) -> Tensor:
+    """The first step of :func:`linear_multi` that knows whose row it is.
+
+    Args:
+        h: ``x V`` [n, r].
+        S0: singular values [r].
+        s: changes of the singular values [A, r].
+        ranks: how many leading columns count, [A] int64; None for all of them.
+        index: the adapter of each row, [n] int64; −1 for none.
+
+    Returns:
+        t [2n, r] in h's dtype, rounded once: ``h (S0 + s_a)`` in row i, ``h s_a`` in row n + i. Zeros beyond the rank
+        and for −1; NaN where index is out of range.
+    """
+    exact = accumulate_dtype(h.dtype)
+    start, s = S0.to(exact) + s.to(exact), s.to(exact)
+    scale = torch.cat([_of_rows(start, index), _of_rows(s, index)])
+    limits = s.new_full(s.shape[:1], h.shape[1]) if ranks is None else ranks.to(s)
+    # The row of an index out of range has NaN for a rank: not (j >= NaN), so that none of it is taken for absent.
+    absent = torch.arange(h.shape[1], device=h.device) >= _of_rows(limits[:, None], index)
+    t = h.to(exact).repeat(2, 1) * scale
+    return t.masked_fill(absent.repeat(2, 1), 0).to(h.dtype)
+
+
+def multi_combine(y: Tensor, t: Tensor, o: Tensor, index: Tensor) -> Tensor:
+    """``y_i + o_a t_i + t_{n+i}``: the second step of :func:`linear_multi` that knows whose row it is.
+
+    Args:
+        y: [n, d].
+        t: [2n, d].
+        o: changes of the output scales [A, d].
+        index: the adapter of each row, [n] int64; rows of −1 keep their bits.
+
+    Returns:
+        [n, d] in y's dtype, computed in float32 (float64) and rounded once.
+    """
+    exact = accumulate_dtype(y.dtype)
+    scaled, changed = t.to(exact).tensor_split([len(y)])
+    total = y.to(exact) + (_of_rows(o.to(exact), index) * scaled + changed)
+    return torch.where((index == -1)[:, None], y, total.to(y.dtype))
+
+
+def _of_rows(table: Tensor, index: Tensor) -> Tensor:
+    """``table[index]``; zeros for −1 and NaN for an index out of range, for which no device has to be waited for."""
+    count = len(table)
+    last = table.new_tensor([0.0, float("nan")])[:, None].expand(2, table.shape[1])
+    known = torch.where((index >= 0) & (index < count), index, torch.where(index == -1, count, count + 1))
+    return torch.cat([table, last])[known]
+
+
+def linear_multi(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    U: Tensor,
+    V: Tensor,
+    S0: Tensor,
+    s: Tensor,
+    o: Tensor,
+    index: Tensor,
+    ranks: Tensor | None = None,
+) -> Tensor:
+    """:func:`linear` for many adapters that share U, V, S0 and the base: row i of x by adapter ``a = index[i]``.
+
+    ``y_i = x_i W0ᵀ + bias + o_a ⊙ ((h_i ⊙ (S0 + s_a)) Uᵀ) + (h_i ⊙ s_a) Uᵀ`` with ``h = x V``, which is
+    ``x_i W0ᵀ + bias + h_i D_aᵀ``, multiplied out so that no row needs a D of its own.
+
+    Args:
+        x: input [..., k]; x, weight, bias, U and V share one dtype.
+        weight: frozen base weight [d, k], or None for the adapters' branches alone.
+        bias: [d] or None.
+        U: left singular vectors [d, r].
+        V: right singular vectors [k, r].
+        S0: singular values [r].
+        s: changes of the singular values [A, r].
+        o: changes of the output scales [A, d].
+        index: int64 of x's leading shape, or of the first of its dimensions; −1 is the base.
+        ranks: [A] int64: the columns of U and V beyond an adapter's rank do not exist for it. None: all have rank r.
+
+    Returns:
+        y [..., d] in x's dtype.
+    """
+    leading, d = x.shape[:-1], U.shape[0]
+    rows = x.reshape(math.prod(leading), x.shape[-1])
+    index = index.reshape(index.shape + (1,) * (len(leading) - index.dim())).expand(leading).reshape(-1)
+    y = x.new_zeros(*leading, d) if weight is None else torch.nn.functional.linear(x, weight, bias)
+    t = multi_scale(rows @ V, S0, s, ranks, index) @ U.t()
+    return multi_combine(y.reshape(len(rows), d), t, o, index).reshape(*leading, d)
 
 
 def linear_add_(y: Tensor, x: Tensor, U: Tensor, V: Tensor, S0: Tensor, s: Tensor, o: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from osora.patch import adapted_layers, state_of
+from osora.patch import adapted_layers, osora_layers, state_of
 
 _NOTES_SHOWN = 8
 
@@ -76,13 +76,14 @@ class Summary:
 
 
 def _base_numbers(model: nn.Module) -> int:
-    own = {id(t) for layer in adapted_layers(model).values() for t in (layer.o, layer.s)}
+    layers = osora_layers(model).values()
+    own = {id(t) for layer in layers for name in layer.adapters() for t in layer.deltas(name)}
     return sum(p.numel() for p in model.parameters() if id(p) not in own)
 
 
 def summary(model: nn.Module) -> Summary:
-    """How many numbers are trained, of how many, and how well each weight was decomposed."""
-    state = state_of(model)
+    """How many numbers are trained, of how many, and how well each weight was decomposed; of the active adapter."""
+    state = state_of(model).current
     modules = tuple(
         ModuleSummary(
             name,

@@ -3,13 +3,13 @@
 
 import re
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from torch import nn
 
 from osora.config import ALL_LINEAR, OsoraConfig
-from osora.layers import is_conv1d, oriented_weight
+from osora.layers import OsoraLinear, is_conv1d, oriented_weight
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,8 @@ def _is_linear(module: nn.Module) -> bool:
 
 def _output_head(model: nn.Module) -> nn.Module | None:
     getter = getattr(model, "get_output_embeddings", None)
-    return getter() if callable(getter) else None
+    head = getter() if callable(getter) else None
+    return head.base_layer if isinstance(head, OsoraLinear) else head
 
 
 def check_is_linear(name: str, module: nn.Module) -> None:
@@ -83,8 +84,19 @@ def weight_holders(model: nn.Module) -> dict[int, set[int]]:
     return holders
 
 
+def base_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Every name of every module, as if the model had no adapter: an adapted layer's base stands in its place."""
+    inside: set[str] = set()
+    for name, module in model.named_modules(remove_duplicate=False):
+        if isinstance(module, OsoraLinear):
+            inside.add(f"{name}.base_layer")
+            yield name, module.base_layer
+        elif name not in inside:
+            yield name, module
+
+
 def find_targets(model: nn.Module, config: OsoraConfig) -> list[Target]:
-    """The layers ``config`` names, in the model's order.
+    """The layers ``config`` names, in the model's order; of one that has an adapter already, the base layer.
 
     Raises:
         ValueError: nothing matches; a match is no plain linear layer; its weight is tied to another module; a
@@ -92,7 +104,7 @@ def find_targets(model: nn.Module, config: OsoraConfig) -> list[Target]:
     """
     names_of: dict[int, list[str]] = defaultdict(list)
     modules: dict[int, nn.Module] = {}
-    for name, module in model.named_modules(remove_duplicate=False):
+    for name, module in base_modules(model):
         names_of[id(module)].append(name)
         modules[id(module)] = module
     head, holders, bypassed = _output_head(model), weight_holders(model), _bypassed(model)
@@ -123,7 +135,7 @@ def find_targets(model: nn.Module, config: OsoraConfig) -> list[Target]:
         note = f"rank {asked} clipped to {most}" if asked > most else ""
         targets.append(Target(tuple(names), module, min(asked, most), note))
     if not targets:
-        linear = sorted({n.rsplit(".", 1)[-1] for n, m in model.named_modules() if n and _is_linear(m)})
+        linear = sorted({n.rsplit(".", 1)[-1] for n, m in base_modules(model) if n and _is_linear(m)})
         raise ValueError(
             f"no module matches target_modules={config.target_modules!r} with exclude_modules="
             f"{config.exclude_modules!r} and layers_to_transform={config.layers_to_transform!r}; the model's linear "

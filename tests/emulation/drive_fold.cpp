@@ -1,98 +1,22 @@
 // SPDX-License-Identifier: Apache-2.0
-// Runs the kernels of csrc/cuda/fold.cu on the CPU against a float64 reference, over many sizes, types and alignments.
-// Every array is a heap block of its exact size, so that ASan sees any access beside it; outputs and scratch start as
-// NaN. The last line is a hash of all output bits: equal in every schedule (OSORA_EMULATION_ORDER).
+// Runs the kernels of csrc/cuda/fold.cu and fold_many.cu on the CPU against a float64 reference, over many sizes, types
+// and alignments. The last line is a hash of all output bits: equal in every schedule (OSORA_EMULATION_ORDER).
 #include <cmath>
 #include <cstdio>
-#include <cstring>
 #include <limits>
-#include <memory>
+#include <list>
 #include <random>
 #include <vector>
 
 #include "cuda/fold.h"
+#include "cuda/fold_many.h"
 #include "cuda/half.cuh"
+#include "drive.h"
 
 namespace {
 
 using namespace osora::cuda;
-
-template <class T>
-struct Number;
-template <>
-struct Number<double> {
-  static constexpr const char* kName = "float64";
-  static constexpr double kUnit = 0x1p-53, kLeast = 0;  // half a unit in the last place; half of the least subnormal
-};
-template <>
-struct Number<float> {
-  static constexpr const char* kName = "float32";
-  static constexpr double kUnit = 0x1p-24, kLeast = 0x1p-150;
-};
-template <>
-struct Number<__nv_bfloat16> {
-  static constexpr const char* kName = "bfloat16";
-  static constexpr double kUnit = 0x1p-8, kLeast = 0x1p-134;
-};
-template <>
-struct Number<__half> {
-  static constexpr const char* kName = "float16";
-  static constexpr double kUnit = 0x1p-11, kLeast = 0x1p-25;
-};
-
-template <class T>
-T from_double(double x) {
-  T y;
-  narrow(static_cast<accumulate_t<T>>(x), y);
-  return y;
-}
-
-// `count` numbers, `skip` numbers behind a 16-byte boundary; full of NaN.
-template <class T>
-class Array {
- public:
-  Array(int64_t count, int skip) : count_(count), skip_(skip), memory_(new T[count + skip]) {
-    std::memset(static_cast<void*>(memory_.get()), 0xFF, (count + skip) * sizeof(T));
-  }
-  T* data() { return memory_.get() + skip_; }
-  T& operator[](int64_t k) { return memory_[k + skip_]; }
-  double at(int64_t k) { return static_cast<double>(widen((*this)[k])); }
-  void fill(std::mt19937& random, double scale) {
-    std::normal_distribution<double> normal;
-    for (int64_t k = 0; k < count_; ++k) (*this)[k] = from_double<T>(scale * normal(random));
-  }
-  uint64_t hash(uint64_t h) {
-    const auto* bytes = reinterpret_cast<const unsigned char*>(data());
-    for (size_t k = 0; k < count_ * sizeof(T); ++k) h = (h ^ bytes[k]) * 1099511628211ull;
-    return h;
-  }
-
- private:
-  int64_t count_;
-  int skip_;
-  std::unique_ptr<T[]> memory_;
-};
-
-int failures = 0;
-uint64_t all_bits = 1469598103934665603ull;
-
-void expect(bool good, const char* what, double error, double bound) {
-  if (good) return;
-  ++failures;
-  std::printf("  FAILED: %s: error %g, allowed %g\n", what, error, bound);
-}
-
-// The worst ratio error / allowed, NaN counting as infinite.
-struct Worst {
-  double ratio = 0;
-  void add(double got, double wish, double allowed) {
-    const double error = std::fabs(got - wish);
-    if (!(error <= allowed))
-      ratio = std::isnan(error) || allowed == 0 ? INFINITY : std::max(ratio, error / allowed);
-    else if (allowed > 0)
-      ratio = std::max(ratio, error / allowed);
-  }
-};
+using namespace osora::driver;
 
 // How many numbers behind a 16-byte boundary the arrays start.
 struct Skip {
@@ -145,8 +69,48 @@ void run(int64_t d, int64_t r, Skip skip, bool need_s = true, bool need_o = true
   expect(do_worst.ratio <= 1, "do", do_worst.ratio, 1);
 }
 
+// Layers of many shapes at once, empty and unaligned ones among them: fold()'s own bits.
+template <class T>
+void run_many(int layers) {
+  using A = accumulate_t<T>;
+  std::mt19937 random(static_cast<unsigned>(layers));
+  std::list<Array<T>> matrices;
+  std::list<Array<A>> vectors;
+  std::vector<FoldLayer<T>> table;
+  std::vector<Array<T>*> results, wishes;
+  const auto vector = [&](int64_t count, double scale) {
+    vectors.emplace_back(count, static_cast<int>(random() % 2));
+    vectors.back().fill(random, scale);
+    return vectors.back().data();
+  };
+  for (int k = 0; k < layers; ++k) {
+    const int64_t d = k % 7 == 3 ? 0 : 1 + k * 37 % 150, r = k % 11 == 5 ? 0 : k % 3 ? 8 * (1 + k % 5) : 1 + k % 70;
+    const int skip = k % 4 == 3;
+    for (int copy = 0; copy < 3; ++copy) matrices.emplace_back(d * r, skip);
+    auto last = matrices.rbegin();
+    results.push_back(&*last++), wishes.push_back(&*last++);
+    last->fill(random, 1.0);
+    table.push_back({last->data(), vector(r, 1.0), vector(r, 0.01), vector(d, 0.01), results.back()->data(), d, r});
+  }
+  fold_many(table.data(), layers, nullptr);
+  int64_t wrong = 0;
+  uint64_t bits = 1469598103934665603ull;
+  for (int k = 0; k < layers; ++k) {
+    const auto& [u, s0, s, o, d_out, d, r] = table[k];
+    fold(u, s0, s, o, wishes[k]->data(), d, r, nullptr);
+    wrong += results[k]->hash(0) != wishes[k]->hash(0);
+    bits = results[k]->hash(bits);
+  }
+  all_bits = (all_bits ^ bits) * 1099511628211ull;
+  std::printf("%-8s %d layers: %ld differ  %016lx\n", Number<T>::kName, layers, static_cast<long>(wrong),
+              static_cast<unsigned long>(bits));
+  failures += static_cast<int>(wrong);
+}
+
 template <class T>
 void run_sizes() {
+  run_many<T>(0);
+  run_many<T>(15);
   for (const int64_t r : {1, 7, 8, 64, 100}) run<T>(65, r, {});
   run<T>(131, 257, {});  // several column tiles of single numbers
   run<T>(67, 1024, {});  // several column tiles of packs

@@ -2,7 +2,8 @@
 // Kernels with one bug each, to show that the emulator and the sanitizers catch what they are for.
 //   planted_bugs --list     the names
 //   planted_bugs NAME       exit 0: nobody noticed; 3: wrong numbers came out; 4: launch() refused; else: a report
-// The last names, drop-barrier-N, run the real code of csrc/cuda/reduce.cuh and fold.cu without its Nth __syncthreads.
+// The last names, drop-barrier-N, run the real code of csrc/cuda/reduce.cuh, fold.cu and decode.cu without its Nth
+// __syncthreads.
 #include <cmath>
 #include <cstdio>
 #include <exception>
@@ -26,6 +27,7 @@ void numbered_barrier(int number, osora::emulation::Site site = osora::emulation
 #include "cuda/reduce.cuh"
 // clang-format off: reduce.cuh has the first numbers
 #include "cuda/fold.cu"  // NOLINT
+#include "cuda/decode.cu"  // NOLINT
 // clang-format on
 #undef __syncthreads
 constexpr int kBarriers = __COUNTER__ - kFirstBarrier;
@@ -168,9 +170,25 @@ bool reduces() {
   return right;
 }
 
+// Three rows, one adapter that adds nothing; small integers have exact sums.
+bool decodes() {
+  const int64_t n = 3, d = 5, k = 40, r = 24;
+  const std::vector<float> x(n * k, 1.0f), v(k * r, 1.0f), w(d * k, 2.0f), u(d * r, 1.0f), s0(r, 1.0f), s(r), o(d);
+  std::vector<float> h(n * r), y(n * d);
+  osora::cuda::decode_shrink(x.data(), v.data(), h.data(), n, k, r, nullptr);
+  const osora::cuda::DecodeAdapters<float> adapters{s0.data(), s.data(), o.data(), nullptr, nullptr, 1};
+  osora::cuda::decode_expand(x.data(), w.data(), static_cast<const float*>(nullptr),
+                             static_cast<const float*>(h.data()), u.data(), adapters, y.data(), n, d, k, r, nullptr);
+  bool right = true;
+  for (const float value : h) right = right && value == static_cast<float>(k);
+  for (const float value : y) right = right && value == static_cast<float>(2 * k);
+  return right;
+}
+
 int drop_barrier(int number) {
   dropped_barrier = number;
   bool right = reduces();
+  right = decodes() && right;
   const int64_t d = 130, r = 257;  // several blocks, several tiles of columns
   const std::vector<float> u(d * r, 1.0f), s0(r, 1.0f), s(r), o(d);
   std::vector<float> p(d * r);  // every column another number; small integers have exact sums

@@ -1,0 +1,69 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "torch/fold_many.h"
+
+#include <ATen/Dispatch.h>
+#include <ATen/Parallel.h>
+#include <ATen/ops/add.h>
+#include <ATen/ops/empty_like.h>
+#include <torch/library.h>
+
+#include "cpu/fold.h"
+#include "torch/checks.h"
+#include "torch/guards.h"
+
+namespace osora {
+namespace {
+
+// Numbers of D that one task computes, so that the cores share layers of different sizes evenly.
+constexpr int64_t kNumbersPerTask = 16384;
+
+struct Task {
+  size_t layer;
+  int64_t begin, end;  // rows
+};
+
+std::vector<at::Tensor> fold_many_cpu(const FoldInputs& layers) {
+  std::vector<at::Tensor> D, start;
+  std::vector<Task> tasks;
+  for (size_t k = 0; k < layers.U.size(); ++k) {
+    const auto& U = layers.U[k];
+    D.push_back(at::empty_like(U));
+    start.push_back(at::add(layers.S0[k], layers.s[k]));
+    const int64_t rows = std::max<int64_t>(1, kNumbersPerTask / std::max<int64_t>(1, U.size(1)));
+    for (int64_t i = 0; i < U.size(0); i += rows) tasks.push_back({k, i, std::min(i + rows, U.size(0))});
+  }
+  const auto type = layers.U.front().scalar_type();
+  AT_DISPATCH_FLOATING_TYPES_AND2(at::kBFloat16, at::kHalf, type, "osora::fold_many", [&] {
+    using A = std::conditional_t<std::is_same_v<scalar_t, double>, double, float>;
+    at::parallel_for(0, static_cast<int64_t>(tasks.size()), 1, [&](int64_t first, int64_t last) {
+      for (int64_t t = first; t < last; ++t) {
+        const auto& [k, begin, end] = tasks[t];
+        cpu::fold_rows(layers.U[k].const_data_ptr<scalar_t>(), start[k].const_data_ptr<A>(),
+                       layers.s[k].const_data_ptr<A>(), layers.o[k].const_data_ptr<A>(),
+                       D[k].mutable_data_ptr<scalar_t>(), begin, end, layers.U[k].size(1));
+      }
+    });
+  });
+  return D;
+}
+
+std::vector<at::Tensor> fold_many(at::TensorList U, at::TensorList S0, at::TensorList s, at::TensorList o) {
+  check_fold_many(U, S0, s, o);
+  if (U.empty()) return {};
+  const OperatorGuard guard(U.front().device());
+  const auto layers = fold_inputs(U, S0, s, o);
+#ifdef OSORA_CUDA
+  if (U.front().is_cuda()) return fold_many_cuda(layers);
+#endif
+  return fold_many_cpu(layers);
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(osora, CPU, m) { m.impl("fold_many", &fold_many); }
+
+#ifdef OSORA_CUDA
+TORCH_LIBRARY_IMPL(osora, CUDA, m) { m.impl("fold_many", &fold_many); }
+#endif
+
+}  // namespace osora

@@ -1,0 +1,682 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Several adapters in one model, and in one batch: each gives what it gives alone, and the rest stays as it was."""
+
+import copy
+import pickle
+from pathlib import Path
+
+import pytest
+import torch
+from adapters import edit, edit_tensors
+from helpers import logits, move_adapter, tiny_gpt2, tiny_llama, token_ids
+from torch import Tensor, nn
+
+import osora
+from osora import AdapterError, OsoraConfig
+from osora.patch import adapted_layers, osora_layers
+
+every_model = pytest.mark.parametrize("make", [tiny_llama, tiny_gpt2], ids=["llama", "gpt2"])
+# Row by row against the adapter alone: float32 models of two layers, whose rounding is of another order.
+CLOSE = {"rtol": 1e-4, "atol": 1e-4}
+
+
+def config(r: int = 6, **options) -> OsoraConfig:
+    return OsoraConfig(**({"r": r, "tol": 1e-4} | options))
+
+
+def move(model: nn.Module, name: str, step: float = 0.1) -> nn.Module:
+    """Deltas as training would leave them, of that adapter alone."""
+    with torch.no_grad():
+        for layer in adapted_layers(model, name).values():
+            for parameter in layer.deltas(name):
+                parameter.normal_(std=step)
+    return model
+
+
+def three(make=tiny_llama, **options) -> nn.Module:
+    """a in every layer; b of smaller rank; c in some layers, of ranks of its own. a is active."""
+    model = move(osora.attach(make(**options), config(), name="a"), "a")
+    move(osora.add_adapter(model, "b", config(3)), "b")
+    some = config(5, layers_to_transform=[1], rank_pattern={"o_proj|c_proj": 2})
+    return move(osora.add_adapter(model, "c", some), "c")
+
+
+def alone(model: nn.Module, name: str | None, ids: Tensor) -> Tensor:
+    """The logits with that adapter active, by a copy."""
+    model = copy.deepcopy(model)
+    if name is None:
+        with osora.disabled(model):
+            return logits(model, ids)
+    return logits(osora.set_adapter(model, name), ids)
+
+
+def in_batch(model: nn.Module, names: list, ids: Tensor) -> Tensor:
+    with osora.adapters_in_batch(model, names) as inside:
+        assert inside is model
+        return logits(model, ids)
+
+
+def deltas_of(model: nn.Module, name: str) -> dict[str, Tensor]:
+    layers = adapted_layers(model, name).items()
+    return {f"{n}.{k}": t for n, layer in layers for k, t in zip("os", layer.deltas(name), strict=True)}
+
+
+def same_deltas(model: nn.Module, name: str, other: nn.Module, other_name: str) -> bool:
+    first, second = deltas_of(model, name), deltas_of(other, other_name)
+    return first.keys() == second.keys() and all(torch.equal(first[key], second[key]) for key in first)
+
+
+# -- one batch -------------------------------------------------------------------------------------------------------
+
+
+@every_model
+def test_each_row_is_its_own_adapter_s(make):
+    model, names = three(make), ["b", None, "a", "c", "a", "b", None]
+    ids = token_ids(len(names), 5)
+    wish = {name: alone(model, name, ids) for name in ("a", "b", "c", None)}
+    for first in ("a", "b", "c", None):  # or the comparison below shows nothing
+        assert all(first == second or (wish[first] - wish[second]).abs().max() > 0.05 for second in wish)
+    before = logits(model, ids)
+    got = in_batch(model, names, ids)
+    for row, name in enumerate(names):
+        torch.testing.assert_close(got[row], wish[name][row], **CLOSE)
+    assert torch.equal(logits(model, ids), before), "afterwards the active one runs again"
+    assert torch.equal(before, wish["a"])
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=["float64", "bfloat16"])
+def test_dtypes(dtype):
+    model, names = three(dtype=dtype), ["b", None, "a", "c"]
+    ids = token_ids(4, 5)
+    got, tolerance = in_batch(model, names, ids), {torch.float64: 1e-11, torch.bfloat16: 0.15}[dtype]
+    for row, name in enumerate(names):
+        torch.testing.assert_close(got[row], alone(model, name, ids)[row], rtol=tolerance, atol=tolerance)
+
+
+def test_a_batch_of_the_base_is_the_base_bit_for_bit():
+    model, ids = three(), token_ids(3, 5)
+    assert torch.equal(in_batch(model, [None] * 3, ids), logits(tiny_llama(), ids))
+    mixed = in_batch(model, [None, "a", None], ids)
+    assert torch.equal(mixed[[0, 2]], logits(tiny_llama(), ids)[[0, 2]])
+
+
+def test_an_empty_batch():
+    model = three()
+    layer = next(iter(osora_layers(model).values()))
+    with osora.adapters_in_batch(model, []), torch.no_grad():
+        assert layer(torch.randn(0, 3, 32)).shape == (0, 3, 32)
+
+
+def test_sixty_four_adapters_in_sixty_four_rows():
+    model = osora.attach(tiny_llama(layers=1), config(4), name="0")
+    for i in range(64):
+        if i:
+            osora.add_adapter(model, str(i), config(1 + i % 4))
+        move(model, str(i))
+    names, ids = [str((7 * i) % 64) for i in range(64)], token_ids(64, 3)
+    got = in_batch(model, names, ids)
+    for row in (0, 1, 31, 63):
+        torch.testing.assert_close(got[row], alone(model, names[row], ids)[row], **CLOSE)
+
+
+def test_generation():
+    """One token at a time, with a cache: the batch stays the first dimension."""
+    model, ids = three(), token_ids(3, 4)
+    options = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
+    names = ["c", None, "a"]
+    with osora.adapters_in_batch(model, names):
+        got = model.generate(ids, **options)
+    for row, name in enumerate(names):
+        other = copy.deepcopy(model)
+        if name is None:
+            osora.detach(other)
+        else:
+            osora.set_adapter(other, name)
+        wish = other.generate(ids, **options)[row]
+        assert torch.equal(got[row, : len(wish)], wish)
+
+
+def test_hooks_of_the_base_fire():
+    model, names = three(), ["a", None, "c"]
+    ids, layer, seen = token_ids(3, 5), list(osora_layers(model).values())[-1], []
+    plain = in_batch(model, names, ids)
+    layer.base_layer.register_forward_hook(lambda *_: seen.append(1))
+    torch.testing.assert_close(in_batch(model, names, ids), plain, **CLOSE)
+    assert seen == [1]
+
+
+def test_autocast():
+    model, names = three(), ["a", None, "c"]
+    ids = token_ids(3, 5)
+    with torch.autocast("cpu", torch.bfloat16):
+        got = in_batch(model, names, ids)
+        wish = torch.stack([alone(model, name, ids)[row] for row, name in enumerate(names)])
+    torch.testing.assert_close(got.float(), wish.float(), rtol=0.15, atol=0.15)
+
+
+def test_a_context_in_a_context():
+    model, ids = three(), token_ids(2, 5)
+    first, second = in_batch(model, ["a", "b"], ids), in_batch(model, ["b", None], ids)
+    with osora.adapters_in_batch(model, ["a", "b"]):
+        assert torch.equal(in_batch(model, ["b", None], ids), second)
+        assert torch.equal(logits(model, ids), first)
+        with osora.disabled(model):
+            assert torch.equal(logits(model, ids), logits(tiny_llama(), ids))
+    with pytest.raises(KeyError), osora.adapters_in_batch(model, ["a", "b"]):
+        raise KeyError
+    assert all(layer.batch is None for layer in osora_layers(model).values())
+
+
+def test_the_adapters_are_those_on_entry():
+    model, ids = three(), token_ids(2, 5)
+    with osora.adapters_in_batch(model, ["a", "b"]):
+        before = logits(model, ids)
+        move(model, "a", 1.0)
+        assert torch.equal(logits(model, ids), before)
+    assert not torch.equal(in_batch(model, ["a", "b"], ids), before)
+
+
+def test_inference_mode():
+    model, ids = three(), token_ids(2, 5)
+    wish = in_batch(model, ["a", "b"], ids)
+    with torch.inference_mode():
+        context = osora.adapters_in_batch(model, ["a", "b"])
+        context.__enter__()
+        assert torch.equal(model(ids).logits, wish)
+    assert torch.equal(logits(model, ids), wish)
+    osora.detach(model)
+    with torch.inference_mode():
+        model = three()
+        context = osora.adapters_in_batch(model, ["b", "c"])
+        context.__enter__()
+        wish = model(ids).logits
+    model.requires_grad_(False)
+    assert torch.equal(model(ids).logits, wish), "the context outlives the mode it was entered in"
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_compile():
+    torch._dynamo.reset()
+    model = nn.Sequential(nn.Linear(8, 7), nn.ReLU(), nn.Linear(7, 6))
+    osora.add_adapter(osora.attach(model, config(4)), "b", config(2, target_modules=["2"]))
+    move(move(model, "default"), "b")
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    with torch.no_grad():
+        for names in (["b", None, "default"], ["default"] * 5, [None, "b"], ["b"] * 7):
+            x = torch.randn(len(names), 8)
+            with osora.adapters_in_batch(model, names):
+                torch.testing.assert_close(compiled(x), model(x))
+        torch.testing.assert_close(compiled(x), model(x))
+
+
+@pytest.mark.parametrize(
+    "names, error, words",
+    [
+        (["a", "z"], ValueError, r"no adapter 'z'; it has 'a', 'b', 'c'"),
+        ("ab", TypeError, "names must be a list"),
+        (None, TypeError, "names must be a list"),
+        (["a", 3], TypeError, "names must hold adapters' names"),
+    ],
+)
+def test_wrong_names(names, error, words):
+    model = three()
+    with pytest.raises(error, match=words), osora.adapters_in_batch(model, names):
+        pass
+    assert all(layer.batch is None for layer in osora_layers(model).values())
+
+
+@pytest.mark.parametrize("names", [["a"], ["a", "b", None], []])
+def test_a_wrong_number_of_rows(names):
+    model, ids = three(), token_ids(2, 5)
+    with pytest.raises(ValueError, match=rf"has {len(names)} names, and a layer got x of shape \[2, 5, 32\]"):
+        in_batch(model, names, ids)
+    with osora.adapters_in_batch(model, ["a"] * 32), pytest.raises(ValueError, match=r"shape \[32\]"):
+        next(iter(osora_layers(model).values()))(torch.randn(32))
+
+
+def test_dropout_in_training_mode():
+    model, ids = three(), token_ids(2, 5)
+    osora.add_adapter(model, "d", config(dropout=0.1))
+    in_batch(model, ["a", "d"], ids)
+    model.train()
+    in_batch(model, ["a", "b"], ids)
+    with pytest.raises(ValueError, match=r"has dropout: call model\.eval\(\) first"):
+        in_batch(model, ["a", "d"], ids)
+
+
+def test_a_gradient_is_refused():
+    model, ids = three(), token_ids(2, 5)
+    with osora.adapters_in_batch(model, ["a", "b"]), pytest.raises(RuntimeError, match=r"torch\.no_grad"):
+        model(ids)
+    with osora.adapters_in_batch(model, ["b", "c"]):
+        assert not model(ids).logits.requires_grad, "these two are frozen"
+
+
+def test_a_merged_model_is_refused():
+    model = osora.merge(three())
+    for call in (
+        lambda: in_batch(model, ["a", "b"], token_ids(2, 5)),
+        lambda: osora.set_adapter(model, "b"),
+        lambda: osora.remove_adapter(model, "b"),
+        lambda: osora.add_adapter(model, "d"),
+    ):
+        with pytest.raises(ValueError, match=r"merged: call osora\.unmerge\(model\) first"):
+            call()
+
+
+def test_what_cannot_be_done_within_a_batch(tmp_path):
+    model = three()
+    osora.save_adapter(model, tmp_path)
+    with osora.adapters_in_batch(model, ["a", "b"]):
+        for call in (
+            lambda: osora.set_adapter(model, "b"),
+            lambda: osora.remove_adapter(model, "b"),
+            lambda: osora.add_adapter(model, "d"),
+            lambda: osora.load_adapter(model, tmp_path, name="d"),
+            lambda: osora.merge(model),
+        ):
+            with pytest.raises(ValueError, match="within adapters_in_batch"):
+                call()
+        with pytest.raises(RuntimeError, match="cannot be moved or cast within"):
+            model.to(torch.bfloat16)
+    assert osora.adapter_names(model) == ["a", "b", "c"]
+
+
+# -- which one is active ---------------------------------------------------------------------------------------------
+
+
+def test_names():
+    model = osora.attach(tiny_llama(), config())
+    assert osora.adapter_names(model) == ["default"] and osora.active_adapter(model) == "default"
+    osora.add_adapter(model, "second")
+    assert osora.adapter_names(model) == ["default", "second"] and osora.active_adapter(model) == "default"
+    assert osora.set_adapter(model, "second") is model and osora.active_adapter(model) == "second"
+    for call in (osora.adapter_names, osora.active_adapter, lambda m: osora.set_adapter(m, "a")):
+        with pytest.raises(ValueError, match="no osora adapter"):
+            call(tiny_llama())
+
+
+def test_one_adapter_alone_is_as_ever():
+    """Whatever its name: keys, modules and parameters of the model do not know that there could be more."""
+    plain, named = osora.attach(tiny_llama(), config()), osora.attach(tiny_llama(), config(), name="a")
+    assert list(plain.state_dict()) == list(named.state_dict())
+    assert not any("@" in name for name in plain.state_dict()) and "adapters=" not in repr(plain)
+    osora.remove_adapter(osora.add_adapter(plain, "b"), "b")
+    assert list(plain.state_dict()) == list(named.state_dict())
+
+
+def test_the_active_one_is_trained():
+    model, ids = three(), token_ids()
+    before = {name: {k: t.clone() for k, t in deltas_of(model, name).items()} for name in "abc"}
+    osora.set_adapter(model, "c")
+    trained = osora.adapter_parameters(model)
+    assert {id(p) for p in model.parameters() if p.requires_grad} == {id(p) for p in trained}
+    assert {id(p) for p in trained} == {id(p) for p in deltas_of(model, "c").values()}
+    optimizer = torch.optim.SGD(trained, lr=0.1)
+    model.train()(ids, labels=ids).loss.backward()
+    optimizer.step()
+    for name in "abc":
+        moved = [not torch.equal(t, before[name][key]) for key, t in deltas_of(model, name).items()]
+        assert all(moved) if name == "c" else not any(moved)
+
+
+def test_parameters_keep_their_identity():
+    """An optimiser holds them, and finds them again when its adapter is active again."""
+    model = three()
+    before = {name: [id(t) for t in deltas_of(model, name).values()] for name in "abc"}
+    for name in "bcacb":
+        osora.set_adapter(model, name)
+        assert [id(p) for p in osora.adapter_parameters(model)] == before[name]
+        assert {n: [id(t) for t in deltas_of(model, n).values()] for n in "abc"} == before
+
+
+def test_a_smaller_rank_trains():
+    """The leading columns of the basis: gradients as those of an adapter of that rank in a model of its own."""
+    model, ids = three(), token_ids()
+    osora.set_adapter(model, "b")
+    own = osora.attach(tiny_llama(), config(6))
+    osora.detach(own)
+    for layer in osora_layers(model).values():
+        assert layer.rank == 3 and layer.s.shape == (3,) and layer.U.shape[1] == 6
+    model(ids, labels=ids).loss.backward()
+    with torch.no_grad():
+        padded = copy.deepcopy(model)
+    for layer in osora_layers(padded).values():  # the same with zeros for what is absent, and S0 too
+        layer.S0[3:] = 0
+        layer.s = nn.Parameter(torch.cat([layer.s.detach(), torch.zeros(3)]))
+        layer.o.grad = None
+    padded(ids, labels=ids).loss.backward()
+    for one, other in zip(osora_layers(model).values(), osora_layers(padded).values(), strict=True):
+        torch.testing.assert_close(one.s.grad, other.s.grad[:3], **CLOSE)
+        torch.testing.assert_close(one.o.grad, other.o.grad, **CLOSE)
+
+
+def test_a_frozen_model_stays_frozen():
+    model = three().requires_grad_(False)
+    osora.set_adapter(model, "b")
+    assert not any(p.requires_grad for p in model.parameters())
+
+
+def test_layers_that_it_is_not_in_are_their_bases():
+    model = osora.set_adapter(three(), "c")
+    out = [name for name, layer in osora_layers(model).items() if layer.adapter is None]
+    assert out and all(".0." in name for name in out)
+    layer, x = osora_layers(model)[out[0]], torch.randn(2, 32)
+    assert torch.equal(layer(x), layer.base_layer(x)) and "active=None" in repr(layer)
+    assert out[0] not in {module.name for module in osora.summary(model).modules}
+    assert osora.summary(model).total == osora.summary(osora.set_adapter(model, "a")).total
+    assert osora.summary(model).total == sum(p.numel() for p in tiny_llama().parameters())
+
+
+def test_dropout_is_the_active_one_s():
+    model = osora.attach(tiny_llama(), config(dropout=0.5))
+    osora.add_adapter(model, "b", config(dropout=0.25))
+    layer = next(iter(osora_layers(model).values()))
+    assert [layer.dropout, osora.set_adapter(model, "b") and layer.dropout] == [0.5, 0.25]
+
+
+# -- in and out ------------------------------------------------------------------------------------------------------
+
+
+def test_a_fresh_one_changes_nothing():
+    model, ids = three(), token_ids()
+    before = logits(model, ids)
+    assert osora.add_adapter(model, "d") is model
+    assert torch.equal(logits(model, ids), before)
+    assert torch.equal(alone(model, "d", ids), logits(tiny_llama(), ids))
+    assert [t.shape for t in deltas_of(model, "d").values()] == [t.shape for t in deltas_of(model, "a").values()]
+
+
+def test_a_fresh_one_in_layers_without_a_basis():
+    """Decomposed now, as attach would have done it."""
+    model = move(osora.attach(tiny_llama(), config(target_modules=["q_proj"]), name="a"), "a")
+    ids = token_ids()
+    before = logits(model, ids)
+    osora.add_adapter(model, "b", config(4))
+    assert torch.equal(logits(model, ids), before)
+    whole = osora.attach(tiny_llama(), config(4))
+    assert list(osora_layers(model)) == list(osora_layers(whole))
+    for name, layer in osora_layers(model).items():
+        if "q_proj" not in name:
+            assert torch.equal(layer.U, osora_layers(whole)[name].U)
+    move(model, "b")
+    names = ["b", None, "a", "b"]
+    ids = token_ids(4, 5)
+    got = in_batch(model, names, ids)
+    for row, name in enumerate(names):
+        torch.testing.assert_close(got[row], alone(model, name, ids)[row], **CLOSE)
+    osora.remove_adapter(model, "b")
+    assert all("q_proj" in name for name in osora_layers(model))
+    assert sum(isinstance(m, nn.Linear) for m in model.modules()) == 15
+
+
+def test_ranks_by_energy():
+    model = osora.attach(tiny_llama(), config(16), name="a")
+    osora.add_adapter(model, "b", config(16, rank_for_energy=0.6))
+    osora.add_adapter(model, "c", config(4, rank_for_energy=0.9))
+    own = {m.name: m.rank for m in osora.summary(osora.attach(tiny_llama(), config(16, rank_for_energy=0.6))).modules}
+    ranks = {m.name: m.rank for m in osora.summary(osora.set_adapter(model, "b")).modules}
+    assert ranks == own and len(set(own.values())) > 1
+    assert all(m.rank == 4 and "asks for more" in m.note for m in osora.summary(osora.set_adapter(model, "c")).modules)
+
+
+def test_a_rank_above_the_basis_is_refused():
+    model = three()
+    before = list(model.state_dict())
+    with pytest.raises(ValueError, match=r"has a basis of rank 6, which its adapters share, .*up to 7"):
+        osora.add_adapter(model, "d", config(7))
+    assert osora.adapter_names(model) == ["a", "b", "c"] and list(model.state_dict()) == before
+
+
+@pytest.mark.parametrize("name", ["", "a.b", "a", 3, None])
+def test_bad_names(name):
+    model = three()
+    with pytest.raises((ValueError, TypeError), match=r"an adapter's name must|has an adapter 'a' already"):
+        osora.add_adapter(model, name)
+    assert osora.adapter_names(model) == ["a", "b", "c"]
+    if name != "a":
+        with pytest.raises((ValueError, TypeError), match=r"an adapter's name must"):
+            osora.attach(tiny_llama(), config(), name=name)
+
+
+@pytest.mark.parametrize("name", ["eval", "train", "o", "U", "weight", "a b", "o@x", "ö/1"])
+def test_unusual_names(name):
+    model, ids = three(), token_ids(2, 5)
+    move(osora.add_adapter(model, name), name)
+    other = pickle.loads(pickle.dumps(model))
+    torch.testing.assert_close(in_batch(other, [name, "a"], ids)[0], alone(model, name, ids)[0], **CLOSE)
+    osora.remove_adapter(osora.set_adapter(osora.set_adapter(model, name), "a"), name)
+    assert osora.adapter_names(model) == ["a", "b", "c"]
+
+
+def test_remove():
+    model, ids = three(), token_ids()
+    wish = {name: alone(model, name, ids) for name in "abc"}
+    with pytest.raises(ValueError, match=r"'a' is the active adapter"):
+        osora.remove_adapter(model, "a")
+    with pytest.raises(ValueError, match="no adapter 'z'"):
+        osora.remove_adapter(model, "z")
+    osora.remove_adapter(model, "b")
+    assert osora.adapter_names(model) == ["a", "c"] and torch.equal(logits(model, ids), wish["a"])
+    osora.remove_adapter(osora.set_adapter(model, "c"), "a")
+    assert torch.equal(logits(model, ids), wish["c"])
+    assert all(".1." in name for name in osora_layers(model)), "the other layers are plain again"
+    osora.detach(model)
+    assert torch.equal(logits(model, ids), logits(tiny_llama(), ids))
+
+
+@every_model
+def test_detach_gives_the_model_back(make):
+    model = make()
+    before = {n: id(p) for n, p in model.named_parameters()}, {n: id(m) for n, m in model.named_modules()}
+    osora.attach(model, config(), name="a")
+    osora.add_adapter(model, "b", config(3))
+    osora.set_adapter(model, "b")
+    osora.detach(model)
+    assert ({n: id(p) for n, p in model.named_parameters()}, {n: id(m) for n, m in model.named_modules()}) == before
+    assert all(p.requires_grad for p in model.parameters())
+
+
+class Shared(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(1)
+        self.first, self.other = nn.Linear(6, 6), nn.Linear(6, 6)
+        self.second = self.first
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.other(self.second(self.first(x).tanh()))
+
+
+def test_a_shared_module():
+    model, x = osora.attach(Shared(), config(3, target_modules=["other"])), torch.randn(3, 6)
+    move(osora.add_adapter(model, "b", config(2)), "b")
+    assert model.first is model.second and len(osora_layers(model)) == 2
+    with torch.no_grad(), osora.adapters_in_batch(model, ["b", None, "b"]):
+        got = model(x)
+    with torch.no_grad():
+        torch.testing.assert_close(got[1], Shared()(x)[1])
+        torch.testing.assert_close(got[[0, 2]], osora.set_adapter(model, "b")(x)[[0, 2]])
+    osora.remove_adapter(osora.set_adapter(model, "default"), "b")
+    assert type(model.first) is nn.Linear and model.first is model.second
+
+
+# -- merge, copies, casts --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["a", "b", "c"])
+def test_merge_the_active_one(name):
+    model, ids = osora.set_adapter(three(), name), token_ids()
+    wish = logits(model, ids)
+    torch.testing.assert_close(logits(osora.merge(model), ids), wish, **CLOSE)
+    assert torch.equal(logits(osora.unmerge(model), ids), wish)
+    torch.testing.assert_close(logits(osora.detach(model, merged=True), ids), wish, **CLOSE)
+    assert not osora_layers(model)
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))], ids=["deepcopy", "pickle"])
+@pytest.mark.parametrize("within", [False, True])
+def test_copies(copied, within):
+    """One made within a batch is outside of it."""
+    model, ids = three(), token_ids(2, 5)
+    wish = in_batch(model, ["b", "c"], ids)
+    if within:
+        with osora.adapters_in_batch(model, ["a", "b"]):
+            other = copied(model)
+    else:
+        other = copied(model)
+    assert torch.equal(logits(other, ids), logits(model, ids))
+    assert torch.equal(in_batch(other, ["b", "c"], ids), wish)
+    move(osora.set_adapter(other, "b"), "b")
+    assert torch.equal(in_batch(model, ["b", "c"], ids), wish)
+
+
+def test_state_dicts():
+    model, other, ids = three(), three(), token_ids(3, 5)
+    for name in "abc":
+        move(model, name)
+    other.load_state_dict(model.state_dict())
+    assert torch.equal(in_batch(other, ["a", "b", "c"], ids), in_batch(model, ["a", "b", "c"], ids))
+    with pytest.raises(RuntimeError, match="o@a"):  # another one is active there: no silent exchange
+        other.load_state_dict(osora.set_adapter(model, "b").state_dict())
+
+
+def test_a_cast_and_back_keeps_every_digit():
+    model = three()
+    before = {name: {k: t.clone() for k, t in deltas_of(model, name).items()} for name in "abc"}
+    model.to(torch.bfloat16)
+    assert {t.dtype for name in "abc" for t in deltas_of(model, name).values()} == {torch.float32}
+    in_batch(model, ["a", "b", "c"], token_ids(3, 5))
+    model.to(torch.float32)
+    for name in "abc":
+        assert all(torch.equal(t, before[name][key]) for key, t in deltas_of(model, name).items())
+
+
+# -- files -----------------------------------------------------------------------------------------------------------
+
+
+def saved(model: nn.Module, folder: Path, **options) -> Path:
+    osora.save_adapter(model, folder, **options)
+    return folder
+
+
+@pytest.mark.parametrize("save_basis", [True, False], ids=["basis", "no basis"])
+@pytest.mark.parametrize("name", ["a", "b", "c"])
+def test_each_is_saved_as_if_it_were_alone(name, save_basis, tmp_path):
+    model, ids = three(), token_ids()
+    folder = saved(model, tmp_path / "x", name=name, save_basis=save_basis)
+    own = osora.load_adapter(tiny_llama(), folder)
+    assert osora.adapter_names(own) == ["default"] and same_deltas(own, "default", model, name)
+    torch.testing.assert_close(logits(own, ids), alone(model, name, ids), rtol=1e-3, atol=1e-3)
+    active = saved(osora.set_adapter(model, name), tmp_path / "y", save_basis=save_basis)
+    for file in ("adapter_config.json", "adapter_model.safetensors"):
+        assert (folder / file).read_bytes() == (active / file).read_bytes()
+    with pytest.raises(ValueError, match="no adapter 'z'"):
+        osora.save_adapter(model, tmp_path / "z", name="z")
+    assert not (tmp_path / "z").exists()
+
+
+@pytest.mark.parametrize("save_basis", [True, False], ids=["basis", "no basis"])
+@pytest.mark.parametrize("order", ["abc", "cba", "bca"])
+def test_files_of_separate_models_share_one(order, save_basis, tmp_path):
+    """Trained apart, with ranks and layers of their own; loaded in any order, the basis grows where it must."""
+    configs = {"a": config(6), "b": config(3), "c": config(9, layers_to_transform=[1])}
+    ids, wish = token_ids(4, 5), {}
+    for name, its in configs.items():
+        own = move_adapter(osora.attach(tiny_llama(), its), 0.1)
+        wish[name] = logits(own, ids)
+        osora.save_adapter(own, tmp_path / name, save_basis=save_basis)
+    model = tiny_llama()
+    for name in order:
+        before = {n: alone(model, n, ids) for n in (osora.adapter_names(model) if osora_layers(model) else [])}
+        assert osora.load_adapter(model, tmp_path / name, name=name) is model
+        assert all(torch.equal(alone(model, n, ids), value) for n, value in before.items()), "the others are untouched"
+    assert osora.adapter_names(model) == list(order) and osora.active_adapter(model) == order[0]
+    for name in order:
+        # docs/svd.md, "Rebuilding": bases of different runs agree to 10 tol
+        torch.testing.assert_close(alone(model, name, ids), wish[name], rtol=5e-3, atol=5e-3)
+    names = ["c", None, "a", "b"]
+    got = in_batch(model, names, ids)
+    for row, name in enumerate(names):
+        torch.testing.assert_close(got[row], alone(model, name, ids)[row], **CLOSE)
+    assert {p.requires_grad for p in osora.adapter_parameters(model)} == {True}
+    assert sum(p.requires_grad for p in model.parameters()) == len(osora.adapter_parameters(model))
+
+
+def test_the_same_file_twice(tmp_path):
+    model, ids = three(), token_ids()
+    osora.load_adapter(model, saved(model, tmp_path, name="b"), name="d")
+    assert same_deltas(model, "b", model, "d") and torch.equal(alone(model, "b", ids), alone(model, "d", ids))
+
+
+def refused(model: nn.Module, folder: Path, error: type[Exception], words: str, name: str | None = "new") -> None:
+    """Loading fails as it should, and the model is the very one it was."""
+
+    def identities() -> list:
+        tensors = model.state_dict(keep_vars=True).items()
+        return [(n, id(m)) for n, m in model.named_modules()] + [(n, id(t), t.shape) for n, t in tensors]
+
+    ids, before = token_ids(3, 5), identities()
+    wish = in_batch(model, ["a", "b", "c"], ids)
+    with pytest.raises(error, match=words):
+        osora.load_adapter(model, folder, name=name)
+    assert identities() == before and osora.adapter_names(model) == ["a", "b", "c"]
+    assert torch.equal(in_batch(model, ["a", "b", "c"], ids), wish)
+
+
+@pytest.mark.parametrize("r", [4, 9])
+def test_another_basis_is_refused(r, tmp_path):
+    """Vectors turned within it, by hand: its W0 and shapes are right, its function in this basis is not."""
+    own = move_adapter(osora.attach(tiny_llama(), config(r)), 0.1)
+    layers = list(osora_layers(own).values())
+    turn = torch.linalg.qr(torch.randn(r, r))[0]
+    with torch.no_grad():
+        layers[-1].U.copy_(layers[-1].U @ turn)
+        layers[-1].V.copy_(layers[-1].V @ turn)
+    words = r"model\.layers\.1\.mlp\.down_proj: the adapters of a model share one basis.* off by .*, allowed"
+    refused(three(), saved(own, tmp_path), AdapterError, words)
+
+
+def test_other_singular_values_are_refused(tmp_path):
+    own = move_adapter(osora.attach(tiny_llama(), config(4)), 0.1)
+    with torch.no_grad():
+        list(osora_layers(own).values())[3].S0.mul_(1.01)
+    folder = saved(own, tmp_path)
+    refused(three(), folder, AdapterError, r"o_proj: the adapters of a model share one basis.*basis_sketch off by")
+    edit_tensors(folder, lambda tensors: tensors["singular_values"][0].mul_(1.01))
+    words = r"0\.self_attn\.q_proj: the adapters of a model share one basis.*singular_values off by"
+    refused(three(), folder, AdapterError, words)
+
+
+def test_another_base_is_refused(tmp_path):
+    other = tiny_llama()
+    with torch.no_grad():
+        other.model.layers[0].mlp.up_proj.weight[3, 4] += 0.5
+    folder = saved(move_adapter(osora.attach(other, config(4))), tmp_path)
+    refused(three(), folder, AdapterError, r"base weight model\.layers\.0\.mlp\.up_proj is not the one")
+
+
+def test_what_else_is_refused(tmp_path):
+    folder = saved(three(), tmp_path / "x")
+    refused(three(), folder, ValueError, r"has an osora adapter already: .*name=name", name=None)
+    refused(three(), folder, ValueError, r"has an adapter 'b' already", name="b")
+    refused(three(), tmp_path / "nowhere", FileNotFoundError, "no adapter here")
+    edit(folder, lambda config: config["modules"][2].update(dtype="int8"))
+    refused(three(), folder, AdapterError, r"dtype must be a floating-point type, got 'int8'")
+
+
+def test_a_base_in_another_dtype(tmp_path):
+    """As for one adapter: the same weights, rounded, with one warning; and the basis is the same up to rounding."""
+    folder = saved(three(), tmp_path / "x", name="b")
+    model, ids = three(dtype=torch.float32).to(torch.bfloat16), token_ids()
+    with pytest.warns(RuntimeWarning, match="were rounded to another dtype"):
+        osora.load_adapter(model, folder, name="d")
+    assert torch.equal(alone(model, "d", ids), alone(model, "b", ids))
+    own = move_adapter(osora.attach(tiny_llama(), config(4)), 0.1)
+    with torch.no_grad():
+        for layer in osora_layers(own).values():
+            turn = torch.linalg.qr(torch.randn(4, 4))[0]
+            layer.U.copy_(layer.U @ turn)
+            layer.V.copy_(layer.V @ turn)
+    with pytest.raises(AdapterError, match="share one basis"), pytest.warns(RuntimeWarning, match="rounded"):
+        osora.load_adapter(model, saved(own, tmp_path / "y"), name="e")
