@@ -7,7 +7,7 @@
 #include <ATen/ops/mm.h>
 #include <torch/library.h>
 
-#include "torch/checks.h"
+#include "torch/checks_effective.h"
 #include "torch/effective.h"
 #include "torch/fold.h"
 #include "torch/guards.h"

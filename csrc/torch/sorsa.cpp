@@ -11,7 +11,7 @@
 #include <ATen/ops/zeros.h>
 #include <torch/library.h>
 
-#include "torch/checks.h"
+#include "torch/checks_sorsa.h"
 #include "torch/fold.h"
 #include "torch/guards.h"
 #include "torch/linear.h"
