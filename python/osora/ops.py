@@ -206,7 +206,7 @@ def _linear_gradient(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     U, V = U.to(h.dtype), V.to(h.dtype)
     need_x, _, need_bias, _, _, _, need_s, need_o = ctx.needs_input_grad[-8:]
     dx, ds, do = _ops.linear_backward(dy, h, weight, U, V, S0, s, o, need_x, need_s, need_o)
-    dbias = dy.reshape(-1, dy.shape[-1]).sum(0) if need_bias else None
+    dbias = dy.reshape(math.prod(dy.shape[:-1]), dy.shape[-1]).sum(0) if need_bias else None
     return (
         dx if need_x else None,
         None,
