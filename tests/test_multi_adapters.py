@@ -680,3 +680,24 @@ def test_a_base_in_another_dtype(tmp_path):
             layer.V.copy_(layer.V @ turn)
     with pytest.raises(AdapterError, match="share one basis"), pytest.warns(RuntimeWarning, match="rounded"):
         osora.load_adapter(model, saved(own, tmp_path / "y"), name="e")
+
+
+# -- with the materialised plan --------------------------------------------------------------------------------------
+
+
+def test_the_materialised_plan_goes_along_with_the_active_adapter():
+    model, ids = three(), token_ids(3, 5)
+    wish = {name: alone(model, name, ids) for name in ("a", "b", "c")}
+    mixed = in_batch(model, ["a", "b", "c"], ids)
+    osora.set_execution(model, "materialised")
+    for name in ("c", "a", "b", "c", "a"):  # c leaves layers alone, which have no plan to follow meanwhile
+        torch.testing.assert_close(logits(osora.set_adapter(model, name), ids), wish[name], **CLOSE)
+        assert {layer.execution for layer in osora_layers(model).values()} == {"materialised"}
+        torch.testing.assert_close(in_batch(model, ["a", "b", "c"], ids), mixed, **CLOSE)
+    osora.set_adapter(model, "c")
+    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model)), copy.deepcopy(model).double().float()):
+        torch.testing.assert_close(logits(other, ids), wish["c"], **CLOSE)
+        torch.testing.assert_close(logits(osora.set_adapter(other, "a"), ids), wish["a"], **CLOSE)
+    osora.set_adapter(model, "a")
+    move(model, "a", 0.2)
+    assert not torch.allclose(logits(model, ids), wish["a"], **CLOSE)
