@@ -207,6 +207,17 @@ def test_a_matrix_gives_the_same_factors_in_any_batch(emulated):
     assert batch.passes[1] < batch.passes[0], "a matrix that is done leaves the others"
 
 
+def test_a_slow_companion_changes_nothing(emulated):
+    # Each of these ends after another number of restarts: a cycle must not be as long as the slowest one needs.
+    decays = [torch.arange(1, 301, dtype=FLOAT64) ** -e for e in (0.05, 0.1, 0.2, 0.3, 0.5)]
+    weights = [with_spectrum(300, 290, sigma).float() for sigma in decays]
+    batch = emulated.svd(weights, 32, tol=1e-4, keys=[1, 2, 3, 4, 5])
+    for b, weight in enumerate(weights):
+        alone = emulated.svd([weight], 32, tol=1e-4, keys=[b + 1])
+        assert alone.passes[0] == batch.passes[b] and alone.columns[0] == batch.columns[b]
+    assert len(set(batch.passes.tolist())) > 2
+
+
 def test_the_host_waits_once_per_restart_and_once_per_certificate(emulated):
     found = emulated.svd([torch.randn(120, 90), falling().float()], tol=1e-5)
     assert found.converged.all()

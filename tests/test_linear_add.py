@@ -10,7 +10,7 @@ from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.checkpoint import checkpoint
 
-from osora import ops
+from osora import ops, reference
 
 every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=[str(dtype).removeprefix("torch.") for dtype in DTYPES])
 ROWS = [(), (1,), (7,), (0,), (2, 3), (3, 0), (2, 2, 1, 3)]
@@ -339,6 +339,25 @@ def test_compile_with_a_dynamic_number_of_rows(compiler):
 
 
 @from_dynamo
+@pytest.mark.filterwarnings("ignore:`torch.jit.script:DeprecationWarning", "ignore:`torch.jit.script:FutureWarning")
+def test_gradients_by_torch_func():
+    """torch.func sees through plain torch alone: the same gradients, of y too, and no tangent lost."""
+    case = linear_case((5,), 6, 7, 3, torch.float64, bias=False)
+    y, rest = torch.randn(5, 7, dtype=torch.float64), (case.U, case.V, case.S0)
+
+    def ours(y, x, s, o):
+        return ops.linear_add_(y * 2, x, *rest, s, o).square().sum()
+
+    def plain(y, x, s, o):
+        return (y * 2 + reference.linear(x, None, None, *rest, s, o)[0]).square().sum()
+
+    inputs = (y, case.x, case.s, case.o)
+    every = tuple(range(4))
+    for got, wish in zip(torch.func.grad(ours, every)(*inputs), torch.func.grad(plain, every)(*inputs), strict=True):
+        torch.testing.assert_close(got, wish)
+    torch.testing.assert_close(torch.func.jvp(ours, inputs, inputs), torch.func.jvp(plain, inputs, inputs))
+
+
 def test_compile_writes_to_a_given_y():
     """An argument of the compiled function is changed in place there too."""
     torch._dynamo.reset()

@@ -254,8 +254,8 @@ std::vector<Found<typename Dense::Array>> block_lanczos(Dense dense, double tol,
       norms = dense.select(norms, staying);
     }
     const int64_t most = (plan.basis - width) / plan.block, last = (limit - width) / plan.block;
-    int64_t blocks = 1;
-    for (const int64_t id : ids) blocks = std::max(blocks, progress[id].blocks_wanted(last, most));
+    // A batch in lockstep makes whole cycles: what a matrix gets must not depend on how slow its companions are.
+    const int64_t blocks = Dense::kLockstep ? most : progress[ids.front()].blocks_wanted(last, most);
     limit = width + blocks * plan.block;
     orthonormalise(dense, R, dense.columns(V, 0, width), norms);
     append(R);

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// P = a^T h for two tall bfloat16 matrices, summed in float32, on AMX tiles: several times the speed of float32 copies.
+// P = a^T h for two tall bfloat16 matrices, summed in float32, on AMX tiles, without float32 copies of them.
 #pragma once
 #include <cstdint>
 

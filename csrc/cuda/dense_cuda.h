@@ -38,6 +38,7 @@ class DenseCuda {
   using Array = CudaArray;
   // Cholesky QR with a shift, then twice without need of it (shifted CholeskyQR3: Fukaya et al., arXiv 1809.11085).
   static constexpr int kRounds = 3;
+  static constexpr bool kLockstep = true;  // a batch of matrices iterates together
 
   // weights: finite matrices [d, k], row-major and contiguous, in device memory. Takes one scaled copy.
   DenseCuda(Context& context, const std::vector<const void*>& weights, Type type, const core::SvdPlan& plan,

@@ -17,7 +17,8 @@ namespace osora {
 class DenseAten {
  public:
   using Array = at::Tensor;
-  static constexpr int kRounds = 5;  // of Cholesky QR at most; as a rule two
+  static constexpr int kRounds = 5;         // of Cholesky QR at most; as a rule two
+  static constexpr bool kLockstep = false;  // it iterates on one matrix at a time (svd.cpp)
 
   // weights: matrices [d, k] of one shape and device; work: dtype of the products (float32 or float64); out: dtype the
   // factors are rounded to before they are certified.
