@@ -552,7 +552,7 @@ def test_wrong_calls():
     for function in (detach, osora.merge, osora.unmerge, osora.summary, osora.adapter_parameters):
         with pytest.raises(ValueError, match=r"no osora adapter: call osora\.attach"):
             function(model)
-    with pytest.raises(TypeError, match="config must be an OsoraConfig, got dict"):
+    with pytest.raises(TypeError, match="config must be an OsoraConfig or a SorsaConfig, got dict"):
         attach(model, {"r": 3})
     with pytest.raises(ValueError, match="unconverged"):
         attach(model, OsoraConfig(r=4), unconverged="never")

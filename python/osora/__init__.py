@@ -12,7 +12,7 @@ from osora.adapters import (
     set_adapter,
 )
 from osora.checkpoint import AdapterError, load_adapter, save_adapter
-from osora.config import OsoraConfig
+from osora.config import OsoraConfig, SorsaConfig
 from osora.estimate import Estimate, Machine, estimate
 from osora.execution import refresh, set_execution
 from osora.factors import ConvergenceError, SvdPlan, TruncatedSVD, svd_plan, truncated_svd
@@ -30,6 +30,7 @@ __all__ = [
     "Estimate",
     "Machine",
     "OsoraConfig",
+    "SorsaConfig",
     "Spectrum",
     "Summary",
     "SvdPlan",

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Several adapters in one model, and in one batch (docs/many_adapters.md).
 
-They share the base weights and, in each layer, one basis; an adapter is an o and an s a layer, kilobytes each.
+They share the base weights and, in each layer, one basis; an OSoRA adapter is an o and an s a layer, kilobytes each.
 """
 
 import time
@@ -11,9 +11,11 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from osora.config import OsoraConfig
+from osora.adapted import AdaptedLinear, oriented_weight
+from osora.config import AdapterConfig
 from osora.factors import Unconverged
-from osora.layers import OsoraLinear, RowAdapters, oriented_weight
+from osora.formulas import OsoraFormula, formula_of
+from osora.layers import make_layer
 from osora.patch import (
     AdapterState,
     adapted_layers,
@@ -28,6 +30,7 @@ from osora.patch import (
     unwrap,
     with_enough,
 )
+from osora.rows import EachInTurn, InOneOperator, OneAdapter, RowAdapters
 from osora.targets import Target, find_targets
 
 
@@ -44,7 +47,7 @@ def active_adapter(model: nn.Module) -> str:
 def set_adapter(model: nn.Module, name: str) -> nn.Module:
     """Make another adapter the active one: the one that runs, and that training, merging and saving are about.
 
-    Its o and s are trainable if those of the one before were, which are frozen now: an optimiser needs the new ones,
+    Its parameters are trainable if those of the one before were, which are frozen now: an optimiser needs the new ones,
     ``osora.adapter_parameters(model)``. Layers that it is not in are their bases.
 
     Args:
@@ -107,7 +110,7 @@ def remove_adapter(model: nn.Module, name: str) -> nn.Module:
 # -- a fresh one -----------------------------------------------------------------------------------------------------
 
 
-def _fitted(target: Target, layer: OsoraLinear, config: OsoraConfig) -> Target:
+def _fitted(target: Target, layer: AdaptedLinear, config: AdapterConfig) -> Target:
     """The target with the rank that the adapter takes of the layer's basis."""
     most = layer.S0.numel()
     if config.rank_for_energy is not None:
@@ -124,7 +127,7 @@ def _fitted(target: Target, layer: OsoraLinear, config: OsoraConfig) -> Target:
 def add_adapter(
     model: nn.Module,
     name: str,
-    config: OsoraConfig | None = None,
+    config: AdapterConfig | None = None,
     *,
     max_memory: int | None = None,
     unconverged: Unconverged = "warn",
@@ -155,14 +158,14 @@ def add_adapter(
     check_new_name(model, name)
     refuse_if_busy(model)
     began = time.perf_counter()
-    new: list[tuple[Target, OsoraLinear]] = []
+    new: list[tuple[Target, AdaptedLinear]] = []
     notes: dict[str, str] = {}
     if config is None:
         config = state.current.config
         joined = [(layer, layer.rank) for layer in adapted_layers(model).values()]
-    elif not isinstance(config, OsoraConfig):
-        raise TypeError(f"config must be an OsoraConfig, got {type(config).__name__}")
+        formula = formula_of(config)
     else:
+        formula = formula_of(config)
         there = {id(layer.base_layer): layer for layer in osora_layers(model).values()}
         targets = find_targets(model, config)
         fitted = [_fitted(t, there[id(t.module)], config) for t in targets if id(t.module) in there]
@@ -174,10 +177,10 @@ def add_adapter(
             if config.rank_for_energy is not None:
                 target = with_enough(target, factors.S, factors.norm, config.rank_for_energy)
                 factors = factors.leading(target.rank)
-            new.append((target, OsoraLinear(target.module, factors, config.dropout, name)))
+            new.append((target, make_layer(target.module, factors, formula, config.dropout, name)))
         notes = notes_of([*fitted, *(target for target, _ in new)])
     for layer, rank in joined:
-        layer.add_adapter(name, torch.zeros(layer.out_features), torch.zeros(rank))
+        layer.add_adapter(name, formula, rank)
     install_beside(model, new, name, AdapterState(config, time.perf_counter() - began, notes))
     return model
 
@@ -210,25 +213,34 @@ class _Tables:
             self.shared[key] = torch.tensor(values, dtype=torch.int64, device=device)
         return self.shared[key]
 
-    def of(self, layer: OsoraLinear) -> RowAdapters:
+    def of(self, layer: AdaptedLinear) -> RowAdapters:
         has = set(layer.adapters())
         here = [name for name in self.used if name in has]
-        place = {name: i for i, name in enumerate(here)}
         deltas = [layer.deltas(name) for name in here]
+        dropout = any(self.state.adapters[name].config.dropout > 0 for name in here)
+        trainable = any(p.requires_grad for each in deltas for p in each)
+        common = len(self.names), dropout, trainable
+        device = layer.U.device
+        if any(layer.formula(name) != OsoraFormula() for name in here):
+            rows = [[i for i, row in enumerate(self.names) if row == name] for name in here]
+            each = [
+                OneAdapter(layer.formula(name), [t.detach().clone() for t in own], self._integers(where, device))
+                for name, own, where in zip(here, deltas, rows, strict=True)
+            ]
+            return EachInTurn(*common, tuple(each))
+        place = {name: i for i, name in enumerate(here)}
         ranks = [s.numel() for _, s in deltas]
         s_table = layer.S0.new_zeros(len(here), layer.S0.numel())
         o_table = layer.S0.new_zeros(len(here), layer.out_features)
         for i, (o, s) in enumerate(deltas):
             o_table[i].copy_(o)
             s_table[i, : ranks[i]].copy_(s)
-        device = layer.U.device
-        return RowAdapters(
+        return InOneOperator(
+            *common,
             s_table,
             o_table,
             None if all(rank == layer.S0.numel() for rank in ranks) else self._integers(ranks, device),
             self._integers([-1 if name is None else place.get(name, -1) for name in self.names], device),
-            any(self.state.adapters[name].config.dropout > 0 for name in here),
-            any(p.requires_grad for pair in deltas for p in pair),
         )
 
 

@@ -25,9 +25,11 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from osora import fingerprint
-from osora.config import OsoraConfig
+from osora.adapted import DEFAULT, AdaptedLinear, oriented_weight
+from osora.config import METHODS, AdapterConfig
 from osora.factors import Decomposition, check_max_memory
-from osora.layers import DEFAULT, OsoraLinear, fold_exactly, oriented_weight
+from osora.formulas import Basis, Formula, formula_of
+from osora.layers import make_layer
 from osora.patch import (
     AdapterState,
     adapted_layers,
@@ -112,23 +114,23 @@ def _config_text(config: dict[str, Any]) -> str:
     return rest.replace('"modules": []', f'"modules": [\n  {modules}\n ]') + "\n"
 
 
-def _base_weight(layer: OsoraLinear) -> Tensor:
+def _base_weight(layer: AdaptedLinear) -> Tensor:
     """[out, in]; the kept one while the layer is merged."""
     return oriented_weight(layer.base_layer) if not layer.merged else layer.kept_weight()
 
 
-def _describe(name: str, layer: OsoraLinear, adapter: str) -> dict[str, Any]:
-    weight, (o, s) = _base_weight(layer), layer.deltas(adapter)
-    U, V, S0 = layer.basis(s.numel())
+def _describe(name: str, layer: AdaptedLinear, adapter: str) -> dict[str, Any]:
+    weight, rank = _base_weight(layer), layer.formula(adapter).rank(layer.deltas(adapter))
+    U, V, S0 = layer.basis(rank)
     return {
         "name": name,
-        "rank": s.numel(),
+        "rank": rank,
         "out_features": layer.out_features,
         "in_features": layer.in_features,
         "dtype": str(weight.dtype).removeprefix("torch."),
         "weight_sha256": fingerprint.weight_digest(weight),
         "weight_sketch": fingerprint.weight_sketch(weight, name),
-        "delta_sketch": fingerprint.factored_sketch(*layer.delta_factors(o, s), name),
+        "delta_sketch": fingerprint.factored_sketch(*layer.delta_factors(adapter), name),
         "basis_sketch": fingerprint.factored_sketch(U * S0, V, name),
         "max_residual": layer.max_residual,
         "passes": layer.passes,
@@ -167,9 +169,10 @@ def save_adapter(
     tensors: dict[str, Tensor] = {}
     values = []
     for module, layer in layers.items():
-        o, s = (t.detach().to(layer.S0.dtype) for t in layer.deltas(adapter))
-        U, V, S0 = layer.basis(s.numel())
-        for key, value in ({"o": o, "s": s} | ({"U": U, "V": V} if save_basis else {})).items():
+        formula = layer.formula(adapter)
+        deltas = dict(zip(formula.kinds, (t.detach().to(layer.S0.dtype) for t in layer.deltas(adapter)), strict=True))
+        U, V, S0 = layer.basis(deltas["s"].numel())
+        for key, value in (deltas | ({"U": U, "V": V} if save_basis else {})).items():
             if not bool(value.isfinite().all()):
                 raise ValueError(f"{module}.{key} has NaN or infinite values; the adapter is not saved")
             tensors[f"{module}.{key}"] = value.to("cpu").contiguous()
@@ -190,7 +193,7 @@ def save_adapter(
     with _temporary_beside(paths[0]) as new_tensors, _temporary_beside(paths[1]) as new_config:
         save_file(tensors, new_tensors, metadata={"format": "pt"})
         config = {
-            "method": "osora",
+            "method": state.config.method,
             "format_version": FORMAT_VERSION,
             "config": state.config.to_dict(),
             "save_basis": save_basis,
@@ -219,7 +222,7 @@ def _read_config(path: Path) -> dict[str, Any]:
         config = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:  # a UnicodeDecodeError and a JSONDecodeError are ValueErrors
         raise AdapterError(f"{path} is not valid JSON: {error}") from error
-    if not isinstance(config, dict) or config.get("method") != "osora":
+    if not isinstance(config, dict) or config.get("method") not in METHODS:
         method = config.get("method", config.get("peft_type")) if isinstance(config, dict) else None
         raise AdapterError(f"{path} describes no osora adapter: method is {method!r}")
     if config.get("format_version") != FORMAT_VERSION:
@@ -245,7 +248,7 @@ def _read_config(path: Path) -> dict[str, Any]:
     return config
 
 
-def _read_tensors(path: Path, config: Mapping[str, Any]) -> dict[str, Tensor]:
+def _read_tensors(path: Path, config: Mapping[str, Any], formula: Formula) -> dict[str, Tensor]:
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist, though {CONFIG_FILE} does")
     if _file_sha256(path) != config["tensors_sha256"]:
@@ -258,7 +261,7 @@ def _read_tensors(path: Path, config: Mapping[str, Any]) -> dict[str, Tensor]:
     shapes: dict[str, tuple[int, ...]] = {}
     for module in config["modules"]:
         name, r, d, k = module["name"], module["rank"], module["out_features"], module["in_features"]
-        shapes |= {f"{name}.o": (d,), f"{name}.s": (r,)}
+        shapes |= {f"{name}.{kind}": shape for kind, shape in formula.shapes(d, k, r).items()}
         if config["save_basis"]:
             shapes |= {f"{name}.U": (d, r), f"{name}.V": (k, r)}
     shapes[SINGULAR_VALUES] = (sum(module["rank"] for module in config["modules"]),)
@@ -280,7 +283,7 @@ def _find_module(model: nn.Module, described: Mapping[str, Any], holders: dict[i
         module = model.get_submodule(name)
     except AttributeError as error:
         raise AdapterError(f"the adapter is for {name}, which this model does not have") from error
-    if isinstance(module, OsoraLinear):
+    if isinstance(module, AdaptedLinear):
         module = module.base_layer
     try:
         check_is_linear(name, module)
@@ -326,19 +329,16 @@ def _check_all_bases(described: list[dict[str, Any]], weights: list[Tensor]) -> 
         )
 
 
-Basis = tuple[Tensor, Tensor, Tensor]
-
-
 def _check_basis(
-    described: Mapping[str, Any], basis: Basis, saved: Mapping[str, Tensor], allowed: float, cure: str
+    described: Mapping[str, Any], formula: Formula, basis: Basis, saved: Mapping[str, Tensor], allowed: float, cure: str
 ) -> None:
     """Raise if U, V, S0 are not the basis that an adapter was trained in, judged by what it does to W and ΔW."""
     name = described["name"]
     U, V, S0 = basis
-    D, start = fold_exactly(U, S0, saved["o"].to(S0.device), saved["s"].to(S0.device)), U * S0
+    start, change = U * S0, formula.factors(basis, [t.to(S0.device) for t in formula.named(saved)])
     for key, now, scale in (
         ("basis_sketch", fingerprint.factored_sketch(start, V, name), fingerprint.factored_norm(start, V)),
-        ("delta_sketch", fingerprint.factored_sketch(D, V, name), fingerprint.factored_norm(D, V)),
+        ("delta_sketch", fingerprint.factored_sketch(*change, name), fingerprint.factored_norm(*change)),
         (SINGULAR_VALUES, S0.tolist(), float(saved["S0"].max())),
     ):
         wish = saved["S0"].tolist() if key == SINGULAR_VALUES else described[key]
@@ -354,9 +354,12 @@ def _rebuilt_allows(tol: float) -> float:
     return max(1e-4, 10 * tol)
 
 
-def _check_rebuilt(described: Mapping[str, Any], layer: OsoraLinear, saved: Mapping[str, Tensor], tol: float) -> None:
+def _check_rebuilt(
+    described: Mapping[str, Any], formula: Formula, layer: AdaptedLinear, saved: Mapping[str, Tensor], tol: float
+) -> None:
     _check_basis(
         described,
+        formula,
         (layer.U, layer.V, layer.S0),
         saved,
         _rebuilt_allows(tol),
@@ -366,7 +369,12 @@ def _check_rebuilt(described: Mapping[str, Any], layer: OsoraLinear, saved: Mapp
 
 
 def _check_shared(
-    described: Mapping[str, Any], layer: OsoraLinear, basis: Basis, saved: Mapping[str, Tensor], tol: float
+    described: Mapping[str, Any],
+    formula: Formula,
+    layer: AdaptedLinear,
+    basis: Basis,
+    saved: Mapping[str, Tensor],
+    tol: float,
 ) -> None:
     """The model's basis for an adapter that was trained in one of its own: the same, as far as both are exact?"""
     allowed, saved_dtype = _rebuilt_allows(max(tol, layer.max_residual)), getattr(torch, described["dtype"], None)
@@ -378,6 +386,7 @@ def _check_shared(
         allowed = max(allowed, 6 * math.sqrt(2) * max(units))
     _check_basis(
         described,
+        formula,
         basis,
         saved,
         allowed,
@@ -426,11 +435,12 @@ def load_adapter(
     refuse_if_busy(model)
     there = {id(layer.base_layer): layer for layer in osora_layers(model).values()}
     description = _read_config(folder / CONFIG_FILE)
-    tensors = _read_tensors(folder / TENSOR_FILE, description)
     try:
-        config = OsoraConfig.from_dict(description["config"])
+        config = METHODS[description["method"]].from_dict(description["config"])
     except (TypeError, ValueError) as error:
         raise AdapterError(f"{folder / CONFIG_FILE}: {error}") from error
+    formula = formula_of(config)
+    tensors = _read_tensors(folder / TENSOR_FILE, description, formula)
     modules = {item["name"]: item for item in description["modules"]}
     targets = _find_targets(model, modules, config)
     _check_all_bases(list(modules.values()), [oriented_weight(target.module) for target in targets])
@@ -446,40 +456,40 @@ def load_adapter(
             for target, found in rebuilt
         }
 
-    new: list[tuple[Target, OsoraLinear]] = []
-    joined: list[tuple[Target, OsoraLinear, dict[str, Tensor]]] = []
+    new: list[tuple[Target, AdaptedLinear]] = []
+    joined: list[tuple[Target, AdaptedLinear, dict[str, Tensor]]] = []
     for target in targets:
         item, found = modules[target.name], factors.get(target.name)
-        saved = {"o": tensors[f"{target.name}.o"], "s": tensors[f"{target.name}.s"], "S0": S0[target.name]}
+        saved = {kind: tensors[f"{target.name}.{kind}"] for kind in formula.kinds} | {"S0": S0[target.name]}
         if (layer := there.get(id(target.module))) is not None:
             basis = layer.basis(item["rank"]) if found is None else layer.widened(found)
-            _check_shared(item, layer, basis, saved, config.tol)
+            _check_shared(item, formula, layer, basis, saved, config.tol)
             joined.append((target, layer, saved))
             continue
         assert found is not None
-        layer = OsoraLinear(target.module, found, config.dropout, name)
+        layer = make_layer(target.module, found, formula, config.dropout, name)
         with torch.no_grad():
             for key, value in saved.items():
                 getattr(layer, key).copy_(value)
         if not description["save_basis"]:
-            _check_rebuilt(item, layer, saved, config.tol)
+            _check_rebuilt(item, formula, layer, saved, config.tol)
         new.append((target, layer))
 
     # All is checked: the model changes from here on.
     for target, layer, saved in joined:
         if target.name in factors:
             layer.widen(factors[target.name])
-        layer.add_adapter(name, saved["o"], saved["s"])
+        layer.add_adapter(name, formula, saved)
     put = install_beside if there else install
     put(model, new, name, AdapterState(config, time.perf_counter() - began))
     return model
 
 
-def _has_basis(layer: OsoraLinear | None, rank: int) -> bool:
+def _has_basis(layer: AdaptedLinear | None, rank: int) -> bool:
     return layer is not None and layer.S0.numel() >= rank
 
 
-def _find_targets(model: nn.Module, modules: Mapping[str, Mapping[str, Any]], config: OsoraConfig) -> list[Target]:
+def _find_targets(model: nn.Module, modules: Mapping[str, Mapping[str, Any]], config: AdapterConfig) -> list[Target]:
     """The saved adapter's modules in this model, in the file's order."""
     names_of: dict[int, list[str]] = {}
     for name, module in base_modules(model):
@@ -495,7 +505,7 @@ def _find_targets(model: nn.Module, modules: Mapping[str, Mapping[str, Any]], co
     return targets
 
 
-def _rank_decomposed(described: Mapping[str, Any], config: OsoraConfig) -> int:
+def _rank_decomposed(described: Mapping[str, Any], config: AdapterConfig) -> int:
     """The rank of the decomposition that a module's triplets are the first of: the same run gives the same bits."""
     if config.rank_for_energy is None:
         return described["rank"]

@@ -5,7 +5,10 @@ import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
-from typing import Any
+from typing import TYPE_CHECKING, Any, ClassVar
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 ALL_LINEAR = "all-linear"
 
@@ -35,9 +38,15 @@ def _checked_int(where: str, value: Any, least: int) -> int:
     return value
 
 
+def _checked_float(where: str, value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        raise TypeError(f"{where} must be a finite number, got {value!r}")
+    return float(value)
+
+
 @dataclass(frozen=True)
-class OsoraConfig:
-    """OSoRA: which linear layers are adapted, and how (docs/method.md).
+class AdapterConfig:
+    """What the configs of all methods have: which linear layers are adapted, and at which rank.
 
     Args:
         r: rank, the number of singular triplets a layer trains on. Clipped to min(out_features, in_features) per
@@ -59,6 +68,8 @@ class OsoraConfig:
     Raises:
         TypeError, ValueError: a value of the wrong type or out of range, naming it.
     """
+
+    method: ClassVar[str] = ""  # its name in files
 
     r: int = 64
     target_modules: str | Sequence[str] = ALL_LINEAR
@@ -84,9 +95,7 @@ class OsoraConfig:
             value = getattr(self, name)
             if name == "rank_for_energy" and value is None:
                 continue
-            if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-                raise TypeError(f"{name} must be a finite number, got {value!r}")
-            put(name, float(value))
+            put(name, _checked_float(name, value))
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout must be in 0 <= p < 1, got {self.dropout}")
         if self.tol <= 0:
@@ -123,9 +132,80 @@ class OsoraConfig:
         return {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(self).items()}
 
     @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> "OsoraConfig":
+    def from_dict(cls, values: Mapping[str, Any]) -> "Self":
         """Raise ValueError for a key this version does not know, which it would otherwise ignore in silence."""
         known = {f.name for f in fields(cls)}
         if unknown := sorted(set(values) - known):
-            raise ValueError(f"OsoraConfig has no field {', '.join(unknown)}; it has {', '.join(sorted(known))}")
+            raise ValueError(f"{cls.__name__} has no field {', '.join(unknown)}; it has {', '.join(sorted(known))}")
         return cls(**values)
+
+
+@dataclass(frozen=True)
+class OsoraConfig(AdapterConfig):
+    """OSoRA: trains changes of a weight's top singular values and of its output scales (docs/method.md).
+
+    Args:
+        r: rank, the number of singular triplets a layer trains on. Clipped to min(out_features, in_features) per
+            module, with a note in the summary.
+        target_modules: "all-linear" (every linear layer except the output head), names that module names end in
+            (``["q_proj", "v_proj"]``), or one regular expression for whole module names.
+        exclude_modules: names or a regular expression, taken away from the targets.
+        dropout: probability with which entries of x are dropped on the adapter's branch while training, 0 <= p < 1.
+            The branch carries the principal part of the weight, so 0 is the default.
+        tol: largest residual allowed for a singular triplet, see :func:`osora.truncated_svd`. Use 1e-4 or less to save
+            adapters without their basis.
+        seed: of the decomposition's random start.
+        rank_pattern: module name or regular expression → rank, for modules that differ from ``r``.
+        layers_to_transform: only layers with these indices (the first number in a module's name).
+        rank_for_energy: a share 0 < p <= 1 of a weight's squared Frobenius norm. ``r`` (or ``rank_pattern``'s rank) is
+            then the most that a module may take: it keeps the fewest leading triplets that hold this share. Where even
+            ``r`` of them hold less, it keeps ``r``, with a note in the summary.
+
+    Raises:
+        TypeError, ValueError: a value of the wrong type or out of range, naming it.
+    """
+
+    method: ClassVar[str] = "osora"
+
+
+@dataclass(frozen=True)
+class SorsaConfig(AdapterConfig):
+    """SORSA: trains a weight's top singular triplets themselves (docs/method.md).
+
+    Args:
+        r: rank, the number of singular triplets a layer trains on. Clipped to min(out_features, in_features) per
+            module, with a note in the summary.
+        target_modules: "all-linear" (every linear layer except the output head), names that module names end in
+            (``["q_proj", "v_proj"]``), or one regular expression for whole module names.
+        exclude_modules: names or a regular expression, taken away from the targets.
+        dropout: probability with which entries of x are dropped on the adapter's branch while training, 0 <= p < 1.
+            The branch carries the principal part of the weight, so 0 is the default.
+        tol: largest residual allowed for a singular triplet, see :func:`osora.truncated_svd`. Use 1e-4 or less to save
+            adapters without their basis.
+        seed: of the decomposition's random start.
+        rank_pattern: module name or regular expression → rank, for modules that differ from ``r``.
+        layers_to_transform: only layers with these indices (the first number in a module's name).
+        rank_for_energy: a share 0 < p <= 1 of a weight's squared Frobenius norm. ``r`` (or ``rank_pattern``'s rank) is
+            then the most that a module may take: it keeps the fewest leading triplets that hold this share. Where even
+            ``r`` of them hold less, it keeps ``r``, with a note in the summary.
+
+        alpha: the adapter's ΔW is scaled by alpha / r, with the rank r that a layer has. None, the paper's: 1.
+
+    Raises:
+        TypeError, ValueError: a value of the wrong type or out of range, naming it.
+    """
+
+    method: ClassVar[str] = "sorsa"
+
+    alpha: float | None = None
+
+    def __post_init__(self) -> None:
+        """Check the fields of its own as well."""
+        super().__post_init__()
+        if self.alpha is not None:
+            object.__setattr__(self, "alpha", _checked_float("alpha", self.alpha))
+            if self.alpha <= 0:
+                raise ValueError(f"alpha must be positive, got {self.alpha}")
+
+
+METHODS: dict[str, type[AdapterConfig]] = {kind.method: kind for kind in (OsoraConfig, SorsaConfig)}

@@ -22,7 +22,8 @@ def set_execution(model: nn.Module, plan: str, layers: str | Iterable[str] | Non
     share it, and so do forward and backward. Two cases compute split under either plan: training with dropout, which
     acts on the branch alone, and a base layer with hooks, which must see its own output. Under autocast it is made in
     autocast's dtype. A merged or disabled layer does not use it, nor a batch
-    of :func:`osora.adapters_in_batch`. Parameters that FSDP replaces are refused.
+    of :func:`osora.adapters_in_batch`, nor while an adapter is active whose method does not have this plan (SORSA).
+    Parameters that FSDP replaces are refused.
 
     Args:
         model: a model with an adapter.
@@ -33,7 +34,8 @@ def set_execution(model: nn.Module, plan: str, layers: str | Iterable[str] | Non
         ``model`` itself.
 
     Raises:
-        ValueError: no adapter, an unknown plan, or no layer of that name.
+        ValueError: no adapter, an unknown plan, one that the active adapter's method does not have, or no layer of that
+            name.
         TypeError: a parameter that is no plain ``torch.nn.Parameter``, such as those of FSDP2, naming the layer.
     """
     state_of(model)
@@ -49,12 +51,12 @@ def set_execution(model: nn.Module, plan: str, layers: str | Iterable[str] | Non
     for name, layer in chosen.items():
         try:
             layer.set_execution(plan)
-        except TypeError as error:
+        except (TypeError, ValueError) as error:
             for earlier, old in before.items():
                 if earlier == name:
                     break
                 chosen[earlier].set_execution(old)
-            raise TypeError(f"{name}: {error}") from error
+            raise type(error)(f"{name}: {error}") from error
     return model
 
 

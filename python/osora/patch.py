@@ -11,9 +11,11 @@ from dataclasses import dataclass, field, replace
 
 from torch import Tensor, nn
 
-from osora.config import OsoraConfig
+from osora.adapted import DEFAULT, AdaptedLinear, oriented_weight
+from osora.config import AdapterConfig, OsoraConfig
 from osora.factors import Decomposition, Unconverged, check_matrix, check_max_memory, decompose, svd_plan
-from osora.layers import DEFAULT, OsoraLinear, oriented_weight
+from osora.formulas import formula_of
+from osora.layers import make_layer
 from osora.spectrum import captured_energy, rank_for_energy
 from osora.targets import Target, find_targets
 
@@ -27,7 +29,7 @@ _BATCH_ENTRIES = 2**24  # weight entries decomposed in one call: bounds the fact
 class AdapterState:
     """What one adapter was asked to be, and what came of it."""
 
-    config: OsoraConfig
+    config: AdapterConfig
     seconds: float
     notes: dict[str, str] = field(default_factory=dict)  # module name -> what is worth a line
 
@@ -62,12 +64,12 @@ def state_of(model: nn.Module) -> State:
     return state
 
 
-def osora_layers(model: nn.Module) -> dict[str, OsoraLinear]:
+def osora_layers(model: nn.Module) -> dict[str, AdaptedLinear]:
     """Name → layer that any adapter is in, in the model's order; a shared layer once."""
-    return {name: module for name, module in model.named_modules() if isinstance(module, OsoraLinear)}
+    return {name: module for name, module in model.named_modules() if isinstance(module, AdaptedLinear)}
 
 
-def adapted_layers(model: nn.Module, adapter: str | None = None) -> dict[str, OsoraLinear]:
+def adapted_layers(model: nn.Module, adapter: str | None = None) -> dict[str, AdaptedLinear]:
     """Name → layer that the adapter is in, or the active one, in the model's order; a shared layer once."""
     layers = osora_layers(model).items()
     if adapter is None:
@@ -124,7 +126,7 @@ def _check_fits(target: Target, max_memory: int) -> None:
 
 def decompose_targets(
     targets: list[Target],
-    config: OsoraConfig,
+    config: AdapterConfig,
     *,
     max_memory: int | None,
     unconverged: Unconverged,
@@ -179,7 +181,7 @@ def _replace(model: nn.Module, names: Iterable[str], module: nn.Module) -> None:
         setattr(model.get_submodule(parent), last, module)
 
 
-Layers = list[tuple[Target, OsoraLinear]]
+Layers = list[tuple[Target, AdaptedLinear]]
 
 
 def install(model: nn.Module, layers: Layers, name: str, adapter: AdapterState) -> None:
@@ -213,11 +215,11 @@ def notes_of(targets: Iterable[Target]) -> dict[str, str]:
     return {target.name: target.note for target in targets if target.note}
 
 
-def unwrap(model: nn.Module, layers: Iterable[OsoraLinear]) -> None:
+def unwrap(model: nn.Module, layers: Iterable[AdaptedLinear]) -> None:
     """Put their base layers back in their places, under every name they have."""
     identities = {id(layer) for layer in layers}
     for name, module in list(model.named_modules(remove_duplicate=False)):
-        if isinstance(module, OsoraLinear) and id(module) in identities:
+        if isinstance(module, AdaptedLinear) and id(module) in identities:
             _replace(model, [name], module.base_layer)
 
 
@@ -232,21 +234,22 @@ def refuse_if_adapted(model: nn.Module) -> None:
 
 def attach(
     model: nn.Module,
-    config: OsoraConfig | None = None,
+    config: AdapterConfig | None = None,
     *,
     name: str = DEFAULT,
     max_memory: int | None = None,
     unconverged: Unconverged = "warn",
     progress: bool | None = None,
 ) -> nn.Module:
-    """Give ``model`` an OSoRA adapter, in place, and freeze everything else.
+    """Give ``model`` an adapter, in place, and freeze everything else.
 
     The output is unchanged, bit for bit: the adapter starts as nothing. If anything is wrong with the model or the
     config, an error comes before the model is touched.
 
     Args:
         model: any ``nn.Module`` with linear layers.
-        config: what to adapt; by default every linear layer but the output head, at rank 64.
+        config: an :class:`osora.OsoraConfig` or :class:`osora.SorsaConfig`; by default OSoRA on every
+            linear layer but the output head, at rank 64.
         name: the adapter's, to tell it from those that osora.add_adapter and osora.load_adapter put beside it.
         max_memory: bytes that a decomposition may take beyond the weights and the factors, None for no limit; see
             :func:`osora.svd_plan`. Fewer weights are in work at the same time if need be.
@@ -263,8 +266,7 @@ def attach(
         osora.ConvergenceError: see ``unconverged``.
     """
     config = OsoraConfig() if config is None else config
-    if not isinstance(config, OsoraConfig):
-        raise TypeError(f"config must be an OsoraConfig, got {type(config).__name__}")
+    formula = formula_of(config)
     refuse_if_adapted(model)
     check_new_name(model, name)
     began = time.perf_counter()
@@ -276,15 +278,15 @@ def attach(
         if config.rank_for_energy is not None:
             target = with_enough(target, factors.S, factors.norm, config.rank_for_energy)
             factors = factors.leading(target.rank)
-        layers.append((target, OsoraLinear(target.module, factors, config.dropout, name)))
+        layers.append((target, make_layer(target.module, factors, formula, config.dropout, name)))
     notes = notes_of(target for target, _ in layers)
     install(model, layers, name, AdapterState(config, time.perf_counter() - began, notes))
     return model
 
 
-def merge_layers(layers: Mapping[str, OsoraLinear]) -> None:
+def merge_layers(layers: Mapping[str, AdaptedLinear]) -> None:
     """Merge all of them or, if one cannot be, none."""
-    done: list[OsoraLinear] = []
+    done: list[AdaptedLinear] = []
     for name, layer in layers.items():
         try:
             layer.merge()
@@ -339,6 +341,9 @@ def disabled(model: nn.Module) -> Iterator[nn.Module]:
 
 
 def adapter_parameters(model: nn.Module) -> list[nn.Parameter]:
-    """The trained parameters, the active adapter's o and s in every layer that it is in, for an optimiser."""
-    state_of(model)
-    return [parameter for layer in adapted_layers(model).values() for parameter in (layer.o, layer.s)]
+    """The trained parameters, the active adapter's in every layer that it is in, for an optimiser.
+
+    Of OSoRA o and s, of SORSA u, s and v, layer by layer.
+    """
+    active = state_of(model).active
+    return [parameter for layer in adapted_layers(model).values() for parameter in layer.trained(active)]

@@ -83,13 +83,13 @@ def _base_numbers(model: nn.Module) -> int:
 
 def summary(model: nn.Module) -> Summary:
     """How many numbers are trained, of how many, and how well each weight was decomposed; of the active adapter."""
-    state = state_of(model).current
+    active, state = state_of(model).active, state_of(model).current
     modules = tuple(
         ModuleSummary(
             name,
             (layer.out_features, layer.in_features),
             layer.rank,
-            layer.o.numel() + layer.s.numel(),
+            sum(p.numel() for p in layer.trained(active)),
             layer.max_residual,
             layer.passes,
             layer.converged,

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from osora.config import ALL_LINEAR, OsoraConfig
-from osora.layers import OsoraLinear, is_conv1d, oriented_weight
+from osora.adapted import AdaptedLinear, is_conv1d, oriented_weight
+from osora.config import ALL_LINEAR, AdapterConfig
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ def _is_linear(module: nn.Module) -> bool:
 def _output_head(model: nn.Module) -> nn.Module | None:
     getter = getattr(model, "get_output_embeddings", None)
     head = getter() if callable(getter) else None
-    return head.base_layer if isinstance(head, OsoraLinear) else head
+    return head.base_layer if isinstance(head, AdaptedLinear) else head
 
 
 def check_is_linear(name: str, module: nn.Module) -> None:
@@ -88,14 +88,14 @@ def base_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """Every name of every module, as if the model had no adapter: an adapted layer's base stands in its place."""
     inside: set[str] = set()
     for name, module in model.named_modules(remove_duplicate=False):
-        if isinstance(module, OsoraLinear):
+        if isinstance(module, AdaptedLinear):
             inside.add(f"{name}.base_layer")
             yield name, module.base_layer
         elif name not in inside:
             yield name, module
 
 
-def find_targets(model: nn.Module, config: OsoraConfig) -> list[Target]:
+def find_targets(model: nn.Module, config: AdapterConfig) -> list[Target]:
     """The layers ``config`` names, in the model's order; of one that has an adapter already, the base layer.
 
     Raises:
@@ -110,7 +110,7 @@ def find_targets(model: nn.Module, config: OsoraConfig) -> list[Target]:
     head, holders, bypassed = _output_head(model), weight_holders(model), _bypassed(model)
     everything = config.target_modules == ALL_LINEAR
     layers = config.layers_to_transform
-    assert layers is None or isinstance(layers, tuple)  # OsoraConfig has brought it to this form
+    assert layers is None or isinstance(layers, tuple)  # the config has brought it to this form
     targets = []
     for key, names in names_of.items():
         module, name = modules[key], names[0]

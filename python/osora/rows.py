@@ -1,0 +1,106 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One batch, row by row: what :func:`osora.adapters_in_batch` gives to a layer, and what the layer does with it."""
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from osora import ops
+from osora.formulas import Basis, Deltas, Formula, leading
+
+
+@dataclass(frozen=True)
+class RowAdapters(ABC):
+    """The adapters of a batch's rows, as they were when it was entered."""
+
+    rows: int
+    dropout: bool  # whether one of the batch's adapters is to be trained with dropout
+    trainable: bool  # whether a parameter behind them requires a gradient
+
+    def check(self, x: Tensor, training: bool) -> None:
+        """Raise ValueError or RuntimeError for an x or a mode that the batch is not for."""
+        if x.dim() < 2 or x.shape[0] != self.rows:
+            raise ValueError(
+                f"adapters_in_batch has {self.rows} names, and a layer got x of shape {list(x.shape)}: the "
+                "first dimension must be the batch, with a name for each of its rows (each beam counts as one)"
+            )
+        if training and self.dropout:
+            raise ValueError("adapters_in_batch is for inference, and an adapter has dropout: call model.eval() first")
+        if self.trainable and torch.is_grad_enabled():
+            raise RuntimeError(
+                "adapters_in_batch is for inference, and an adapter requires a gradient: run it under torch.no_grad()"
+            )
+
+    @property
+    @abstractmethod
+    def is_empty(self) -> bool:
+        """Whether every row is the base's."""
+
+    @abstractmethod
+    def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None, basis: Basis) -> Tensor:
+        """Base and branches [rows, ..., d]; rows of the base have its very bits."""
+
+    @abstractmethod
+    def add(self, y: Tensor, x: Tensor, basis: Basis) -> Tensor:
+        """Y of the base plus the branches, as a tensor of its own."""
+
+
+@dataclass(frozen=True)
+class InOneOperator(RowAdapters):
+    """OSoRA's adapters: a table of them, and one operator for all rows."""
+
+    s: Tensor  # [A, r of the basis], zero beyond an adapter's rank
+    o: Tensor  # [A, d]
+    ranks: Tensor | None  # [A]; None where all have the rank of the basis
+    index: Tensor  # [rows]: the adapter of a row; -1 for the base, and for adapters that leave the layer alone
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether every row is the base's."""
+        return not len(self.s)
+
+    def linear(self, x: Tensor, weight: Tensor | None, bias: Tensor | None, basis: Basis) -> Tensor:
+        """Base and branches."""
+        return ops.linear_multi(x, weight, bias, *basis, self.s, self.o, self.index, self.ranks)
+
+    def add(self, y: Tensor, x: Tensor, basis: Basis) -> Tensor:
+        """The branches alone are another call of the same operator."""
+        return y + self.linear(x, None, None, basis)
+
+
+@dataclass(frozen=True)
+class OneAdapter:
+    """One adapter of a batch and the rows that it is for."""
+
+    formula: Formula
+    deltas: Deltas
+    rows: Tensor  # int64
+
+
+@dataclass(frozen=True)
+class EachInTurn(RowAdapters):
+    """Adapters of any methods: the base once for all rows, then each adapter's branch for its rows."""
+
+    each: tuple[OneAdapter, ...]
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether every row is the base's."""
+        return not self.each
+
+    def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None, basis: Basis) -> Tensor:
+        """Base and branches."""
+        return self._add_(torch.nn.functional.linear(x, weight, bias), x, basis)
+
+    def add(self, y: Tensor, x: Tensor, basis: Basis) -> Tensor:
+        """The branches added to a copy."""
+        return self._add_(y.clone(), x, basis)
+
+    def _add_(self, y: Tensor, x: Tensor, basis: Basis) -> Tensor:
+        for one in self.each:  # no row is in two of them
+            mine = leading(basis, one.formula.rank(one.deltas))
+            branch = one.formula.linear(x.index_select(0, one.rows), None, None, mine, one.deltas)
+            y.index_copy_(0, one.rows, y.index_select(0, one.rows) + branch)
+        return y
