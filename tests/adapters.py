@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import osora
-from osora import AdapterError, OsoraConfig, checkpoint, load_adapter
+from osora import AdapterError, OsoraConfig, fingerprint, load_adapter
 
 FILES = ["adapter_config.json", "adapter_model.safetensors"]
 both = pytest.mark.parametrize("save_basis", [True, False], ids=["basis", "no basis"])
@@ -29,13 +29,30 @@ def edit(folder: Path, change) -> None:
     path.write_text(json.dumps(config))
 
 
+def key(module: str, kind: str) -> str:
+    """The name of an OSoRA tensor in the file."""
+    return f"base_model.model.{module}.osora_{kind}" + (".weight" if kind in "os" else "")
+
+
+def described(config: dict) -> list[dict]:
+    return config["osora"]["modules"]
+
+
 def edit_tensors(folder: Path, change) -> None:
-    """Change the tensors and mend the checksum, so that only the later checks can notice."""
+    """Change the tensors and mend the digests, so that only the later checks can notice."""
     path = folder / "adapter_model.safetensors"
     tensors = load_file(path)
     change(tensors)
     save_file(tensors, path)
-    edit(folder, lambda config: config.update(tensors_sha256=checkpoint._file_sha256(path)))
+    edit(folder, lambda config: mend(config, tensors))
+
+
+def mend(config: dict, tensors: dict) -> None:
+    for module in described(config):
+        for field, kinds in (("values_sha256", ("o", "s", "S0")), ("basis_sha256", ("U", "V"))):
+            here = {kind: tensors[key(module["name"], kind)] for kind in kinds if key(module["name"], kind) in tensors}
+            if here and all(t.is_floating_point() for t in here.values()):
+                module[field] = fingerprint.tensors_digest(here, module["name"])
 
 
 def refused(folder: Path, match: str, error=AdapterError, make=tiny_llama) -> None:

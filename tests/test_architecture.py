@@ -18,8 +18,8 @@ LAYERS = [
     {"_load"},
     {"ops"},
     {"ops_sorsa", "ops_effective"},
-    {"factors", "spectrum", "config", "fingerprint", "formulas", "rows", "materialised"},
-    {"adapted", "layers", "targets", "regularizer", "stream", "schedule"},
+    {"factors", "spectrum", "config", "fingerprint", "adapter_file", "formulas", "rows", "materialised"},
+    {"adapted", "layers", "evidence", "targets", "regularizer", "stream", "schedule"},
     {"adapters", "patch", "summary", "checkpoint", "merge", "export", "distributed", "execution", "estimate"},
     {"cli", "peft", "trainer"},
 ]

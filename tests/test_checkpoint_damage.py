@@ -6,11 +6,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from adapters import FILES, adapted, both, edit, edit_tensors, refused
+from adapters import FILES, adapted, both, described, edit, edit_tensors, key, refused
 from helpers import logits, move_adapter, tiny_llama, token_ids
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from osora import AdapterError, checkpoint, load_adapter, save_adapter
+from osora import AdapterError, adapter_file, load_adapter, save_adapter
 from osora.patch import adapted_layers
 
 
@@ -36,37 +37,64 @@ def saved(tmp_path: Path) -> Path:
 def test_a_truncated_file(share, saved):
     path = saved / FILES[1]
     path.write_bytes(path.read_bytes()[: int(share * path.stat().st_size)])
-    refused(saved, "is damaged, or not the file .* SHA-256 differs")
+    refused(saved, "is damaged, or no safetensors file")
 
 
-@pytest.mark.parametrize("where", [0, 9, 0.3, 0.7, -1])
+@pytest.mark.parametrize("where", [0, 9, 0.05, 0.3, 0.5, 0.7, 0.9, -1])
 def test_a_flipped_bit(where, saved):
+    """In the length of the header, in the header, in a tensor."""
     path = saved / FILES[1]
     data = bytearray(path.read_bytes())
     data[int(where * len(data)) if isinstance(where, float) else where] ^= 4
     path.write_bytes(data)
-    refused(saved, "SHA-256 differs")
+    refused(saved, r"is damaged, or no safetensors file|are damaged, or not those|lacks 1 tensors|must hold finite")
+
+
+@pytest.mark.parametrize("kinds", ["os", "UV"])
+def test_tensors_of_two_modules_exchanged(kinds, saved):
+    """Same shapes, finite, and all there: the digest tells whose they are."""
+    path, (one, two) = saved / FILES[1], ("model.layers.0.mlp.up_proj", "model.layers.1.mlp.up_proj")
+    tensors = load_file(path)
+    for kind in kinds:
+        a, b = key(one, kind), key(two, kind)
+        tensors[a], tensors[b] = tensors[b], tensors[a]
+    save_file(tensors, path)
+    refused(saved, r"of model\.layers\.0\.mlp\.up_proj are damaged, or not those that adapter_config\.json was written")
 
 
 def test_no_safetensors_file(saved):
     (saved / FILES[1]).write_bytes(b"not tensors at all" * 9)
-    edit(saved, lambda config: config.update(tensors_sha256=checkpoint._file_sha256(saved / FILES[1])))
-    refused(saved, "is no readable safetensors file")
+    refused(saved, "is damaged, or no safetensors file")
+
+
+def test_a_pickle_is_not_read(saved):
+    """Not even its first byte: it is not there to be read but to be named."""
+    (saved / FILES[1]).rename(saved / "adapter_model.bin")
+    refused(saved, "adapter_model.bin is a pickle, which osora never reads", error=FileNotFoundError)
 
 
 DOWN = "model.layers.1.mlp.down_proj"
 TENSOR_DAMAGE = {
-    "missing": (lambda t: t.pop(f"{DOWN}.s"), rf"lacks 1 tensors, the first of which is {DOWN}\.s"),
-    "no singular values": (lambda t: t.pop("singular_values"), "lacks 1 tensors.*singular_values"),
+    "missing": (lambda t: t.pop(key(DOWN, "s")), rf"lacks 1 tensors, the first of which is \S+{DOWN}\.osora_s\.weight"),
+    "no singular values": (lambda t: t.pop(key(DOWN, "S0")), "lacks 1 tensors.*osora_S0"),
     "extra": (lambda t: t.update(more=torch.zeros(3)), r"1 tensors .* does not name, the first is more"),
-    "shape": (lambda t: t.update({f"{DOWN}.o": torch.zeros(31)}), r"down_proj\.o must have shape \[32\], got \[31\]"),
-    "transposed": (
-        lambda t: t.update({f"{DOWN}.U": t[f"{DOWN}.U"].t().contiguous()}),
-        r"\.U must have shape \[32, 5\]",
+    "shape": (
+        lambda t: t.update({key(DOWN, "o"): torch.zeros(31)}),
+        r"down_proj\.osora_o\.weight must have shape \[32\], got \[31\]",
     ),
-    "NaN": (lambda t: t[f"{DOWN}.o"].__setitem__(3, float("nan")), r"down_proj\.o must hold finite"),
-    "infinity": (lambda t: t[f"{DOWN}.V"].__setitem__((3, 1), float("inf")), r"down_proj\.V must hold finite"),
-    "integers": (lambda t: t.update({f"{DOWN}.s": torch.ones(5).int()}), r"\.s must hold finite floating-point values"),
+    "transposed": (
+        lambda t: t.update({key(DOWN, "U"): t[key(DOWN, "U")].t().contiguous()}),
+        r"osora_U must have shape \[32, 5\]",
+    ),
+    "NaN": (lambda t: t[key(DOWN, "o")].__setitem__(3, float("nan")), r"down_proj\.osora_o\.weight must hold finite"),
+    "infinity": (
+        lambda t: t[key(DOWN, "V")].__setitem__((3, 1), float("inf")),
+        r"down_proj\.osora_V must hold finite",
+    ),
+    "integers": (
+        lambda t: t.update({key(DOWN, "s"): torch.ones(5).int()}),
+        r"osora_s\.weight must hold finite floating-point values",
+    ),
 }
 
 
@@ -77,27 +105,45 @@ def test_wrong_tensors(damage, saved):
     refused(saved, message)
 
 
+def block(**values):
+    return lambda config: config["osora"].update(values)
+
+
 def module(**values):
-    return lambda config: config["modules"][3].update(values)
+    return lambda config: described(config)[3].update(values)
 
 
 CONFIG_DAMAGE = {
-    "foreign method": (lambda c: c.update(method="lora"), "describes no osora adapter: method is 'lora'"),
-    "newer": (lambda c: c.update(format_version=2), "has format_version 2, this osora reads 1: use"),
-    "no version": (lambda c: c.pop("format_version"), "has format_version None"),
-    "no modules": (lambda c: c.pop("modules"), "modules is missing or no list"),
-    "modules empty": (lambda c: c.update(modules=[]), "modules is empty"),
-    "module twice": (lambda c: c["modules"].append(c["modules"][0]), "a module is listed twice"),
-    "module no dict": (lambda c: c["modules"].append("q_proj"), "a module's name is missing"),
-    "config no dict": (lambda c: c.update(config=3), "config is missing or no dict"),
-    "unknown option": (lambda c: c["config"].update(alpha=3), "OsoraConfig has no field alpha"),
-    "wrong option": (lambda c: c["config"].update(r=0), "r must be at least 1"),
-    "save_basis a word": (lambda c: c.update(save_basis="no"), "save_basis is missing or no bool"),
+    "foreign method": (lambda c: c.update(peft_type="LORA"), "describes no osora adapter: peft_type is 'LORA'"),
+    "another method": (lambda c: c.update(peft_type="SORSA"), "lacks|no option"),
+    "type no text": (lambda c: c.update(peft_type=["OSORA"]), "describes no osora adapter"),
+    "no block": (lambda c: c.pop("osora"), 'has no block "osora": it says how an adapter is to be made'),
+    "block no dict": (lambda c: c.update(osora=[3]), 'has no block "osora"'),
+    "newer": (block(format_version=3), "has format_version 3, this osora reads 2: use"),
+    "version true": (block(format_version=True), "has format_version True"),
+    "no version": (lambda c: c["osora"].pop("format_version"), "has format_version None"),
+    "version 1": (
+        lambda c: [c.clear(), c.update(method="osora", format_version=1)],
+        "has format_version 1, of before osora's first release",
+    ),
+    "no modules": (lambda c: c["osora"].pop("modules"), "modules is missing or no list"),
+    "modules empty": (block(modules=[]), "modules is empty"),
+    "module twice": (lambda c: described(c).append(described(c)[0]), "a module is listed twice"),
+    "module no dict": (lambda c: described(c).append("q_proj"), "a module's name is missing"),
+    "unknown option": (lambda c: c.update(beta=3), "osora has no option beta"),
+    "option of another method": (lambda c: c.update(alpha=3), "osora has no option alpha"),
+    "wrong option": (lambda c: c.update(r=0), "r must be at least 1"),
+    "trained biases": (lambda c: c.update(bias="all"), "was trained with bias='all', .* load it with PEFT"),
+    "whole modules": (lambda c: c.update(modules_to_save=["lm_head"]), "trained with modules_to_save"),
+    "save_basis a word": (block(save_basis="no"), "save_basis is missing or no bool"),
+    "no basis after all": (block(save_basis=False), "28 tensors adapter_config.json does not name"),
     "rank a word": (module(rank="5"), "a module's rank is missing or no int"),
     "rank too large": (module(rank=6), r"lacks|must have shape"),
     "rank negative": (module(rank=-5), "."),
     "rank zero": (module(rank=0), "."),
     "rank huge": (module(rank=10**18), "."),
+    "other values": (module(values_sha256="0" * 64), "o, s, S0 of .* are damaged"),
+    "other basis": (module(basis_sha256="0" * 64), "U, V of .* are damaged"),
     "no digest": (module(weight_sha256=None), "weight_sha256 is missing or no str"),
     "other digest": (module(weight_sha256="0" * 64), "is not the one this adapter was trained on"),
     "short sketch": (module(weight_sketch=[1.0]), "weight_sketch must be 4 finite numbers"),
@@ -125,11 +171,12 @@ def test_hostile_names(name, save_basis, tmp_path):
     save_adapter(adapted(), tmp_path, save_basis=save_basis)
 
     def rename(t: dict[str, Tensor]) -> None:
-        for key in [key for key in t if key.startswith(f"{DOWN}.")]:
-            t[f"{name}.{key.rpartition('.')[2]}"] = t.pop(key)
+        for kind in ["o", "s", "S0", "U", "V"]:
+            if key(DOWN, kind) in t:
+                t[key(name, kind)] = t.pop(key(DOWN, kind))
 
+    edit(tmp_path, lambda config: described(config)[-1].update(name=name))
     edit_tensors(tmp_path, rename)
-    edit(tmp_path, lambda config: config["modules"][-1].update(name=name))
     refused(tmp_path, "which this model does not have|osora adapts torch.nn.Linear", error=ValueError)
 
 
@@ -139,11 +186,10 @@ def test_one_module_under_two_names_is_refused(save_basis, tmp_path):
     save_adapter(adapted(Shared, r=3), tmp_path, save_basis=save_basis)
 
     def twice(t: dict[str, Tensor]) -> None:
-        t |= {key.replace("first", "second"): value.clone() for key, value in t.items() if key.startswith("first")}
-        t["singular_values"] = t["singular_values"].repeat(2)
+        t |= {key.replace("first", "second"): value.clone() for key, value in t.items()}
 
+    edit(tmp_path, lambda config: described(config).append(described(config)[0] | {"name": "second"}))
     edit_tensors(tmp_path, twice)
-    edit(tmp_path, lambda config: config["modules"].append(config["modules"][0] | {"name": "second"}))
     model = Shared()
     with pytest.raises(AdapterError, match="second"):
         load_adapter(model, tmp_path)
@@ -151,8 +197,8 @@ def test_one_module_under_two_names_is_refused(save_basis, tmp_path):
 
     save_adapter(adapted(), tmp_path, save_basis=save_basis)
     alias = "base_model." + DOWN.removeprefix("model.")
+    edit(tmp_path, lambda config: described(config)[-1].update(name=alias))
     edit_tensors(tmp_path, lambda t: [t.update({k.replace(DOWN, alias): t.pop(k)}) for k in list(t) if DOWN in k])
-    edit(tmp_path, lambda config: config["modules"][-1].update(name=alias))
     refused(tmp_path, "base_model")
 
 
@@ -168,9 +214,9 @@ def test_a_head_that_is_tied_now_is_refused(tmp_path):
         ("{", "is not valid JSON"),
         ("[" * 100_000, "is not valid JSON"),
         ("\xff\xfe", "is not valid JSON"),
-        ("[]", "describes no osora adapter: method is None"),
+        ("[]", "describes no osora adapter: peft_type is None"),
         ("null", "describes no osora adapter"),
-        ('{"peft_type": "LORA", "r": 8}', "describes no osora adapter: method is 'LORA'"),
+        ('{"peft_type": "LORA", "r": 8}', "describes no osora adapter: peft_type is 'LORA'"),
     ],
     ids=["empty", "cut", "deep", "bytes", "list", "null", "peft"],
 )
@@ -189,7 +235,7 @@ def test_a_missing_file(gone, saved):
 def test_the_tensors_of_another_save(saved, tmp_path):
     save_adapter(move_adapter(adapted(), 0.2), tmp_path / "other")
     os.replace(tmp_path / "other" / FILES[1], saved / FILES[1])
-    refused(saved, "SHA-256 differs")
+    refused(saved, "are damaged, or not those that adapter_config.json was written with")
 
 
 # -- saving goes wrong -----------------------------------------------------------------------------------------------
@@ -209,13 +255,13 @@ def half_a_file(tensors, path, metadata=None):
 
 
 FAILURES = {
-    "tensors": lambda patch: patch.setattr(checkpoint, "save_file", half_a_file),
-    "digest": lambda patch: patch.setattr(checkpoint, "_file_sha256", fail),
-    "config": lambda patch: patch.setattr(checkpoint.Path, "write_text", fail),
-    "json": lambda patch: patch.setattr(checkpoint.json, "dumps", fail),
-    "sync": lambda patch: patch.setattr(checkpoint.os, "fsync", fail),
-    "mode": lambda patch: patch.setattr(checkpoint.os, "chmod", fail),
-    "rename": lambda patch: patch.setattr(checkpoint.os, "replace", fail),
+    "tensors": lambda patch: patch.setattr(adapter_file, "save_file", half_a_file),
+    "digest": lambda patch: patch.setattr(adapter_file.fingerprint, "tensors_digest", fail),
+    "config": lambda patch: patch.setattr(adapter_file.Path, "write_text", fail),
+    "json": lambda patch: patch.setattr(adapter_file.json, "dumps", fail),
+    "sync": lambda patch: patch.setattr(adapter_file.os, "fsync", fail),
+    "mode": lambda patch: patch.setattr(adapter_file.os, "chmod", fail),
+    "rename": lambda patch: patch.setattr(adapter_file.os, "replace", fail),
 }
 
 

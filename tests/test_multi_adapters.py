@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from adapters import edit, edit_tensors
+from adapters import described, edit, edit_tensors, key
 from helpers import logits, move_adapter, tiny_gpt2, tiny_llama, token_ids
 from torch import Tensor, nn
 
@@ -643,8 +643,8 @@ def test_other_singular_values_are_refused(tmp_path):
         list(osora_layers(own).values())[3].S0.mul_(1.01)
     folder = saved(own, tmp_path)
     refused(three(), folder, AdapterError, r"o_proj: the adapters of a model share one basis.*basis_sketch off by")
-    edit_tensors(folder, lambda tensors: tensors["singular_values"][0].mul_(1.01))
-    words = r"0\.self_attn\.q_proj: the adapters of a model share one basis.*singular_values off by"
+    edit_tensors(folder, lambda tensors: tensors[key("model.layers.0.self_attn.q_proj", "S0")][0].mul_(1.01))
+    words = r"0\.self_attn\.q_proj: the adapters of a model share one basis.*S0 off by"
     refused(three(), folder, AdapterError, words)
 
 
@@ -661,7 +661,7 @@ def test_what_else_is_refused(tmp_path):
     refused(three(), folder, ValueError, r"has an osora adapter already: .*name=name", name=None)
     refused(three(), folder, ValueError, r"has an adapter 'b' already", name="b")
     refused(three(), tmp_path / "nowhere", FileNotFoundError, "no adapter here")
-    edit(folder, lambda config: config["modules"][2].update(dtype="int8"))
+    edit(folder, lambda config: described(config)[2].update(dtype="int8"))
     refused(three(), folder, AdapterError, r"dtype must be a floating-point type, got 'int8'")
 
 

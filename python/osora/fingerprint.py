@@ -7,6 +7,8 @@ one is. Signs come from SHAKE-256 of a label, so they are the same on every mach
 
 import hashlib
 import math
+from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 import torch
@@ -32,14 +34,33 @@ def weight_digest(weight: Tensor) -> str:
     A bfloat16 weight and the float32 or float64 weight loaded from it have equal values, and so one digest.
     """
     digest = hashlib.sha256()
-    dtype = torch.float32
-    if weight.dtype == torch.float64 and not torch.equal(weight.detach().float().double(), weight.detach()):
-        dtype = torch.float64
-    rows = max(1, 2**22 // max(1, weight.shape[1]))  # some 16 MB at a time
-    for begin in range(0, weight.shape[0], rows):
-        part = weight.detach()[begin : begin + rows].to(device="cpu", dtype=dtype).contiguous()
-        digest.update(part.numpy().data)
+    _update(digest, weight)
     return digest.hexdigest()
+
+
+def tensors_digest(tensors: Mapping[str, Tensor], name: str) -> str:
+    """SHA-256 of tensors of a module, their kinds and the module's name: none can be changed, left out or exchanged.
+
+    For each in turn the UTF-8 text ``NAME|KIND|SHAPE|`` (sizes with commas between them) and its values as in
+    :func:`weight_digest`.
+    """
+    digest = hashlib.sha256()
+    for kind, tensor in tensors.items():
+        digest.update(f"{name}|{kind}|{','.join(map(str, tensor.shape))}|".encode())
+        _update(digest, tensor)
+    return digest.hexdigest()
+
+
+def _update(digest: Any, tensor: Tensor) -> None:
+    tensor = tensor.detach()
+    tensor = tensor if tensor.dim() == 2 else tensor.reshape(1, -1)
+    dtype = torch.float32
+    if tensor.dtype == torch.float64 and not torch.equal(tensor.float().double(), tensor):
+        dtype = torch.float64
+    rows = max(1, 2**22 // max(1, tensor.shape[1]))  # some 16 MB at a time
+    for begin in range(0, tensor.shape[0], rows):
+        part = tensor[begin : begin + rows].to(device="cpu", dtype=dtype).contiguous()
+        digest.update(part.numpy().data)
 
 
 def weight_sketch(weight: Tensor, name: str) -> list[float]:
