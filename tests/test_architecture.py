@@ -20,8 +20,9 @@ LAYERS = [
     {"ops_sorsa", "ops_effective"},
     {"factors", "spectrum", "config", "fingerprint", "adapter_file", "formulas", "rows", "materialised"},
     {"adapted", "layers", "evidence", "targets", "regularizer", "stream", "schedule"},
+    {"weights"},
     {"adapters", "patch", "summary", "checkpoint", "merge", "export", "distributed", "execution", "estimate"},
-    {"cli", "peft", "trainer"},
+    {"cli", "peft", "trainer", "analysis", "plots"},
 ]
 LEAVES = LAYERS[-1]
 LEVEL = {module: level for level, layer in enumerate(LAYERS) for module in layer}

@@ -11,6 +11,7 @@ from osora.adapters import (
     remove_adapter,
     set_adapter,
 )
+from osora.analysis import ChangeRecorder, Changes, WeightChange, weight_change, weight_changes
 from osora.checkpoint import AdapterError, load_adapter, save_adapter
 from osora.config import OsoraConfig, SorsaConfig
 from osora.estimate import Estimate, Machine, estimate
@@ -18,6 +19,7 @@ from osora.execution import refresh, set_execution
 from osora.factors import ConvergenceError, SvdPlan, TruncatedSVD, svd_plan, truncated_svd
 from osora.merge import merge, unmerge
 from osora.patch import adapter_parameters, attach, detach, disabled
+from osora.plots import plot_changes, plot_spectra
 from osora.spectrum import Spectrum, rank_for_energy, spectrum
 from osora.summary import Summary, summary
 
@@ -26,6 +28,8 @@ __version__ = build_info()["version"]
 
 __all__ = [
     "AdapterError",
+    "ChangeRecorder",
+    "Changes",
     "ConvergenceError",
     "Estimate",
     "Machine",
@@ -35,6 +39,7 @@ __all__ = [
     "Summary",
     "SvdPlan",
     "TruncatedSVD",
+    "WeightChange",
     "__version__",
     "active_adapter",
     "adapter_names",
@@ -48,6 +53,8 @@ __all__ = [
     "estimate",
     "load_adapter",
     "merge",
+    "plot_changes",
+    "plot_spectra",
     "rank_for_energy",
     "refresh",
     "remove_adapter",
@@ -59,4 +66,6 @@ __all__ = [
     "svd_plan",
     "truncated_svd",
     "unmerge",
+    "weight_change",
+    "weight_changes",
 ]

@@ -1,0 +1,171 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The matrices of a model's linear layers by module name, one at a time: of a model, a checkpoint or a mapping."""
+
+import json
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from osora.layers import AdaptedLinear, is_conv1d, oriented_weight
+
+Source = nn.Module | Mapping[str, Tensor] | str | Path
+"""A model, with an adapter or without; tensors by name, as of ``state_dict()``; or the folder of a saved model."""
+
+INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
+_PEFT_PREFIX = "base_model.model."
+
+
+class Weights(Mapping[str, Tensor]):
+    """Module name → matrix [out_features, in_features], or its transpose; read or summed when it is asked for.
+
+    Of a model it is what the layers compute with now: with the active adapter, where there is one, merged or not.
+    """
+
+    def __init__(self, source: Source, *, adapter: bool = True) -> None:
+        """``adapter=False`` takes the base weights of an adapted model. Raises ValueError where nothing is found."""
+        if isinstance(source, nn.Module):
+            self._get, what = _of_model(source, adapter), "this model has no linear layers"
+        elif isinstance(source, Mapping):
+            self._get = {name: _given(tensor) for name, tensor in _matrices(source)}
+            what = "the mapping holds no matrices named *.weight"
+        else:
+            self._get, what = _of_folder(Path(source)), f"{source} holds no matrices named *.weight"
+        if not self._get:
+            raise ValueError(what)
+
+    def __getitem__(self, name: str) -> Tensor:
+        """The matrix, detached; float32 at least where an adapter is added."""
+        return self._get[name]()
+
+    def __iter__(self) -> Iterator[str]:
+        """Names in the source's order."""
+        return iter(self._get)
+
+    def __len__(self) -> int:
+        """How many there are."""
+        return len(self._get)
+
+
+def _given(tensor: Tensor) -> Callable[[], Tensor]:
+    return lambda: tensor.detach()
+
+
+def _matrices(tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+    for name, tensor in tensors.items():
+        if name.endswith(".weight") and tensor.dim() == 2:
+            yield module_name(name), tensor
+
+
+def module_name(key: str) -> str:
+    """The name of the module a tensor belongs to, as in the model without PEFT's wrapper."""
+    return key.removesuffix(".weight").removeprefix(_PEFT_PREFIX).replace(".base_layer", "")
+
+
+# -- models ------------------------------------------------------------------------------------------------------------
+
+
+def _of_model(model: nn.Module, adapter: bool) -> dict[str, Callable[[], Tensor]]:
+    found: dict[str, Callable[[], Tensor]] = {}
+    inside: set[nn.Module] = set()
+    for name, module in model.named_modules():
+        base = getattr(module, "base_layer", None)
+        if isinstance(base, nn.Module) and _is_linear(base):
+            inside.update(module.modules())
+            found[module_name(name)] = _adapted(name, module, adapter)
+        elif module not in inside and _is_linear(module):
+            found[module_name(name)] = _plain(module)
+    return found
+
+
+def _is_linear(module: nn.Module) -> bool:
+    return isinstance(module, nn.Linear) or is_conv1d(module)
+
+
+def _plain(module: nn.Module) -> Callable[[], Tensor]:
+    return lambda: oriented_weight(module).detach()
+
+
+def _adapted(name: str, module: Any, adapter: bool) -> Callable[[], Tensor]:
+    """Of our layers, and of PEFT's whose adapters are a sum."""
+
+    def get() -> Tensor:
+        if isinstance(module, AdaptedLinear):
+            if not adapter or not module.enabled or module.adapter is None:
+                return module.kept_weight().detach() if module.merged else oriented_weight(module.base_layer).detach()
+            if module.merged:
+                return oriented_weight(module.base_layer).detach()
+            delta = module.delta_weight()
+            return oriented_weight(module.base_layer).detach().to(delta.dtype) + delta
+        return _of_peft(name, module, adapter)
+
+    return get
+
+
+@torch.no_grad()
+def _of_peft(name: str, module: Any, adapter: bool) -> Tensor:
+    if getattr(module, "use_dora", None) and any(module.use_dora.values()):
+        raise ValueError(f"{name} has a DoRA adapter, which is no sum: merge it, and give the merged model")
+    if not hasattr(module, "get_delta_weight"):
+        raise TypeError(f"{name} is a {type(module).__qualname__}, which has no get_delta_weight: give a merged model")
+    weight = module.base_layer.weight.detach()
+    active = [each for each in module.active_adapters if each in module._get_available_adapters()]
+    if module.merged and not adapter:
+        raise ValueError(f"{name}: the adapter is merged into the base weight: unmerge it first")
+    if module.merged or not adapter or module.disable_adapters or not active:
+        return oriented_weight(module.base_layer).detach()
+    deltas = [module.get_delta_weight(each) for each in active]
+    weight = weight.to(torch.promote_types(weight.dtype, torch.float32))
+    total = sum((delta.to(weight.dtype) for delta in deltas), weight)
+    return total.t() if is_conv1d(module.base_layer) else total
+
+
+# -- files -------------------------------------------------------------------------------------------------------------
+
+
+def _of_folder(folder: Path) -> dict[str, Callable[[], Tensor]]:
+    """Raises FileNotFoundError or ValueError for a folder that is no saved model."""
+    if (folder / INDEX).is_file():
+        try:
+            places = json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"]
+            files = {key: folder / str(place) for key, place in places.items()}
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"{folder / INDEX} is no index of shards: {error!r}") from error
+        for path in set(files.values()):
+            if path.parent != folder:
+                raise ValueError(f"{folder / INDEX} names a file outside of its folder: {path}")
+    elif (folder / SINGLE).is_file():
+        files = dict.fromkeys(_keys(folder / SINGLE), folder / SINGLE)
+    else:
+        raise FileNotFoundError(f"{folder} holds neither {SINGLE} nor {INDEX}: give the folder of a saved model")
+    shapes = {path: _keys(path) for path in sorted(set(files.values()))}
+    found = {}
+    for key, path in files.items():
+        if key not in shapes[path]:
+            raise ValueError(f"{path} has no tensor {key}, which the index says it has")
+        if key.endswith(".weight") and len(shapes[path][key]) == 2:
+            found[module_name(key)] = _stored(path, key)
+    return found
+
+
+def _keys(path: Path) -> dict[str, list[int]]:
+    """Names and shapes of the tensors in a file."""
+    try:
+        with safe_open(path, "pt") as tensors:
+            return {key: tensors.get_slice(key).get_shape() for key in tensors.keys()}
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{path} cannot be read: {error}") from error
+
+
+def _stored(path: Path, key: str) -> Callable[[], Tensor]:
+    def get() -> Tensor:
+        with safe_open(path, "pt") as tensors:
+            return tensors.get_tensor(key)
+
+    return get
+
+
+__all__ = ["Source", "Weights", "module_name"]
