@@ -162,11 +162,12 @@ def numbers(changes):
     return sorted((c.name, c.rank, c.sigma, c.direction, c.angle, c.relative) for c in changes)
 
 
+@pytest.mark.parametrize("config", [osora.OsoraConfig, osora.SorsaConfig])
 @pytest.mark.parametrize("make", [tiny_llama, tiny_gpt2, tiny_bert])
-def test_an_adapter_is_compared_with_its_base(make):
+def test_an_adapter_is_compared_with_its_base(make, config):
     """Now, merged, against a copy and against a state_dict: always the same numbers, to the rounding of merging."""
     original, model = make(), make()
-    move_adapter(osora.attach(model, osora.OsoraConfig(r=4)))
+    move_adapter(osora.attach(model, config(r=4)))
     found = osora.weight_changes(model, rank=4, modules=list(names := [*osora.patch.adapted_layers(model)]))
     assert [change.name for change in found] == names and all(change.sigma > 0 for change in found)
     for name, change in zip(names, found, strict=True):

@@ -17,7 +17,8 @@ from helpers import VOCABULARY, tiny_llama, token_ids
 
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
-RUN = {README: 3, ROOT / "docs/many_adapters.md": 2, ROOT / "docs/analysis.md": 4}  # document -> how many blocks it shows at least
+# document -> how many blocks it shows at least
+RUN = {README: 3, ROOT / "docs/many_adapters.md": 2, ROOT / "docs/analysis.md": 4}
 DOCUMENTS = [README, ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").rglob("*.md"))]
 BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$|^<!-- python\n(.*?)^-->$", flags=re.MULTILINE | re.DOTALL)
 every_document = pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))

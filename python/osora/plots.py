@@ -25,7 +25,7 @@ def _pyplot() -> Any:
     try:
         from matplotlib import figure, rc_context
     except ModuleNotFoundError as error:
-        raise ModuleNotFoundError("osora's pictures need matplotlib: pip install matplotlib") from error
+        raise ModuleNotFoundError("osora's pictures need matplotlib: pip install 'osora[plots]'") from error
     return figure, rc_context
 
 
