@@ -14,14 +14,15 @@ CSRC = ROOT / "csrc"
 # A module imports from its own line or from lines above it, never from below. `reference` stands on nothing.
 LAYERS = [
     {"reference", "_compiled_for"},
-    {"_C"},
+    {"_C", "files"},
     {"_load"},
     {"ops"},
     {"ops_sorsa", "ops_effective"},
     {"factors", "spectrum", "config", "fingerprint", "adapter_file", "formulas", "rows", "materialised"},
     {"adapted", "layers", "evidence", "targets", "regularizer", "stream", "schedule"},
     {"weights"},
-    {"adapters", "patch", "summary", "checkpoint", "merge", "export", "distributed", "execution", "estimate"},
+    {"adapters", "patch", "summary", "checkpoint", "merge", "distributed", "execution", "estimate"},
+    {"saved", "base_folder", "merge_saved", "export"},
     {"cli", "peft", "trainer", "analysis", "plots"},
 ]
 LEAVES = LAYERS[-1]

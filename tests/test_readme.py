@@ -17,8 +17,13 @@ from helpers import VOCABULARY, tiny_llama, token_ids
 
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
-# document -> how many blocks it shows at least
-RUN = {README: 3, ROOT / "docs/many_adapters.md": 2, ROOT / "docs/analysis.md": 4}
+RUN = {
+    README: 3,
+    ROOT / "docs/many_adapters.md": 2,
+    ROOT / "docs/export.md": 3,
+    ROOT / "docs/merge.md": 2,
+    ROOT / "docs/analysis.md": 4,
+}  # document -> how many blocks it shows at least
 DOCUMENTS = [README, ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").rglob("*.md"))]
 BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$|^<!-- python\n(.*?)^-->$", flags=re.MULTILINE | re.DOTALL)
 every_document = pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
@@ -62,6 +67,7 @@ def test_the_python_of_a_document_runs(document, tmp_path, monkeypatch):
     names = {"tiny_llama": tiny_llama, "token_ids": token_ids, "VOCABULARY": VOCABULARY}
     with warnings.catch_warnings():
         warnings.simplefilter("error")
+        warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)  # peft is told
         for line, code in found:
             exec(compile("\n" * (line - 1) + code, str(document), "exec"), names)  # errors name its own line
 

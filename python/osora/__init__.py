@@ -16,10 +16,13 @@ from osora.checkpoint import AdapterError, load_adapter, save_adapter
 from osora.config import OsoraConfig, SorsaConfig
 from osora.estimate import Estimate, Machine, estimate
 from osora.execution import refresh, set_execution
+from osora.export import export_lora
 from osora.factors import ConvergenceError, SvdPlan, TruncatedSVD, svd_plan, truncated_svd
 from osora.merge import merge, unmerge
+from osora.merge_saved import MergedFolder, merge_saved
 from osora.patch import adapter_parameters, attach, detach, disabled
 from osora.plots import plot_changes, plot_spectra
+from osora.saved import AdapterInfo, SavedModule, adapter_info
 from osora.spectrum import Spectrum, rank_for_energy, spectrum
 from osora.summary import Summary, summary
 
@@ -28,12 +31,15 @@ __version__ = build_info()["version"]
 
 __all__ = [
     "AdapterError",
+    "AdapterInfo",
     "ChangeRecorder",
     "Changes",
     "ConvergenceError",
     "Estimate",
     "Machine",
+    "MergedFolder",
     "OsoraConfig",
+    "SavedModule",
     "SorsaConfig",
     "Spectrum",
     "Summary",
@@ -42,6 +48,7 @@ __all__ = [
     "WeightChange",
     "__version__",
     "active_adapter",
+    "adapter_info",
     "adapter_names",
     "adapter_parameters",
     "adapters_in_batch",
@@ -51,8 +58,10 @@ __all__ = [
     "detach",
     "disabled",
     "estimate",
+    "export_lora",
     "load_adapter",
     "merge",
+    "merge_saved",
     "plot_changes",
     "plot_spectra",
     "rank_for_energy",

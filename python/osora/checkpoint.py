@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from osora.adapted import DEFAULT, AdaptedLinear, oriented_weight
 from osora.adapter_file import METHODS as FILE_METHODS
-from osora.adapter_file import AdapterError, block_of, method_options, read_adapter, write_adapter
+from osora.adapter_file import AdapterError, Description, block_of, method_options, read_adapter, write_adapter
 from osora.config import METHODS, AdapterConfig
 from osora.evidence import check_bases, check_rebuilt, check_shared, describe
 from osora.factors import Decomposition, check_max_memory
@@ -210,6 +210,16 @@ def _has_basis(layer: AdaptedLinear | None, rank: int) -> bool:
     return layer is not None and layer.S0.numel() >= rank
 
 
+def config_of(description: Description) -> AdapterConfig:
+    """The config that a saved adapter was trained with. Raises AdapterError for an unknown option or a bad value."""
+    kind = METHODS[description.method.name]
+    options = method_options(description, {field.name for field in fields(kind)})
+    try:
+        return kind.from_dict(options)
+    except (TypeError, ValueError) as error:
+        raise AdapterError(f"{description.path}: {error}") from error
+
+
 def load_adapter(
     model: nn.Module,
     folder: str | os.PathLike[str],
@@ -250,13 +260,7 @@ def load_adapter(
     there = {id(layer.base_layer): layer for layer in osora_layers(model).values()}
     adapter = read_adapter(folder)
     description, modules = adapter.description, adapter.description.modules
-    kind = METHODS[description.method.name]
-    try:
-        config = kind.from_dict(method_options(description, {field.name for field in fields(kind)}))
-    except AdapterError:
-        raise
-    except (TypeError, ValueError) as error:
-        raise AdapterError(f"{description.path}: {error}") from error
+    config = config_of(description)
     formula = formula_of(config)
     targets = _find_targets(model, modules, config)
     check_bases(list(modules.values()), [oriented_weight(target.module) for target in targets])

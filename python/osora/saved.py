@@ -1,0 +1,137 @@
+# SPDX-License-Identifier: Apache-2.0
+"""An adapter on disk, looked at without its base model: what it is, and the changes of weights that it holds."""
+
+import math
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from osora.adapter_file import (
+    CONFIG_FILE,
+    FORMAT_VERSION,
+    TENSOR_FILE,
+    AdapterError,
+    Description,
+    read_adapter,
+    shape_of,
+)
+from osora.checkpoint import config_of
+from osora.config import AdapterConfig
+from osora.formulas import formula_of
+
+
+@dataclass(frozen=True)
+class SavedModule:
+    """One adapted layer of a saved adapter: its size, the certificate of its SVD, and its base weight's fingerprint."""
+
+    name: str
+    rank: int
+    out_features: int
+    in_features: int
+    dtype: str
+    """Of the base weight, as torch names it."""
+    max_residual: float
+    passes: int
+    converged: bool
+    method: str
+    """How it was decomposed."""
+    weight_sha256: str
+    weight_sketch: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class AdapterInfo:
+    """What a saved adapter is. Everything in its folder has been read and checked, but no base was looked at."""
+
+    folder: Path
+    method: str
+    """ "osora" or "sorsa"."""
+    config: AdapterConfig
+    """What it was trained with."""
+    base_model: str | None
+    """The base's folder, or its name on the hub, if the file has it."""
+    task: str | None
+    """PEFT's name for the base's task, if the file has it."""
+    has_basis: bool
+    modules: tuple[SavedModule, ...]
+    trainable: int
+    """Numbers that were trained."""
+    bytes: int
+    """Of the two files."""
+    format_version: int = FORMAT_VERSION
+
+    @property
+    def ranks(self) -> tuple[int, int]:
+        """The smallest and the largest rank of a layer."""
+        ranks = [module.rank for module in self.modules]
+        return min(ranks), max(ranks)
+
+    @property
+    def max_residual(self) -> float:
+        """The largest certified residual of any singular triplet."""
+        return max(module.max_residual for module in self.modules)
+
+    @property
+    def converged(self) -> bool:
+        """Whether every decomposition reached its tolerance."""
+        return all(module.converged for module in self.modules)
+
+
+def _module(item: Mapping[str, Any]) -> SavedModule:
+    known: dict[str, Any] = {field.name: item[field.name] for field in fields(SavedModule)}
+    return SavedModule(**known | {"weight_sketch": tuple(item["weight_sketch"])})
+
+
+def _text(description: Description, key: str) -> str | None:
+    value = description.options.get(key)
+    return value if isinstance(value, str) and value else None
+
+
+def adapter_info(folder: str | os.PathLike[str]) -> AdapterInfo:
+    """Read and check an adapter's folder, without its base model.
+
+    Args:
+        folder: what :func:`osora.save_adapter` wrote.
+
+    Raises:
+        FileNotFoundError: no adapter in ``folder``.
+        AdapterError: a damaged or foreign file.
+    """
+    folder = Path(folder)
+    description = read_adapter(folder).description
+    config = config_of(description)
+    trained, numbers = formula_of(config).trained, 0
+    for item in description.modules.values():
+        sizes = item["out_features"], item["in_features"], item["rank"]
+        numbers += sum(math.prod(shape_of(kind, *sizes)) for kind in trained)
+    return AdapterInfo(
+        folder,
+        description.method.name,
+        config,
+        _text(description, "base_model_name_or_path"),
+        _text(description, "task_type"),
+        description.save_basis,
+        tuple(_module(item) for item in description.modules.values()),
+        numbers,
+        sum((folder / name).stat().st_size for name in (CONFIG_FILE, TENSOR_FILE)),
+    )
+
+
+def stored_changes(folder: str | os.PathLike[str]) -> dict[str, tuple[Tensor, Tensor]]:
+    """Module name → ``(left [d, q], right [k, q])``, ``ΔW = left rightᵀ``, of an adapter that holds its basis.
+
+    Raises:
+        FileNotFoundError, AdapterError: as :func:`adapter_info`, and if there is no basis in the file.
+    """
+    saved = read_adapter(folder)
+    if not saved.description.save_basis:
+        raise AdapterError(f"{folder} was saved without its basis, so that its base is needed: pass base")
+    formula = formula_of(config_of(saved.description))
+    return {name: formula.factors((t["U"], t["V"], t["S0"]), formula.named(t)) for name, t in saved.tensors.items()}
+
+
+__all__ = ["AdapterInfo", "SavedModule", "adapter_info", "stored_changes"]
