@@ -23,6 +23,7 @@ RUN = {
     ROOT / "docs/export.md": 3,
     ROOT / "docs/merge.md": 2,
     ROOT / "docs/analysis.md": 4,
+    ROOT / "docs/sorsa.md": 3,
 }  # document -> how many blocks it shows at least
 DOCUMENTS = [README, ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").rglob("*.md"))]
 BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$|^<!-- python\n(.*?)^-->$", flags=re.MULTILINE | re.DOTALL)

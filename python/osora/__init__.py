@@ -25,6 +25,7 @@ from osora.plots import plot_changes, plot_spectra
 from osora.saved import AdapterInfo, SavedModule, adapter_info
 from osora.spectrum import Spectrum, rank_for_energy, spectrum
 from osora.summary import Summary, summary
+from osora.training import orthonormality
 
 build_info = _C.build_info
 __version__ = build_info()["version"]
@@ -62,6 +63,7 @@ __all__ = [
     "load_adapter",
     "merge",
     "merge_saved",
+    "orthonormality",
     "plot_changes",
     "plot_spectra",
     "rank_for_energy",

@@ -177,6 +177,11 @@ class AdaptedLinear(nn.Module):
         """The names of those that this layer has, the active one first."""
         return sorted(self._formulas, key=lambda name: name != self.adapter)
 
+    @property
+    def active_adapters(self) -> list[str]:
+        """The active one, if there is one: what PEFT's layers call so."""
+        return [] if self.adapter is None else [self.adapter]
+
     def formula(self, name: str) -> Formula:
         """The method of one of :meth:`adapters`."""
         return self._formulas[name]
@@ -192,6 +197,12 @@ class AdaptedLinear(nn.Module):
         """Those of :meth:`deltas` that are trained."""
         formula = self._formulas[name]
         return tuple(getattr(self, self._key(kind, name)) for kind in formula.kinds if kind in formula.trained)
+
+    def penalised(self, name: str) -> list[tuple[nn.Parameter, Tensor]]:
+        """The factors of one of :meth:`adapters` that a penalty keeps orthonormal: change and start, both [m, r]."""
+        deltas = self.deltas(name)
+        found = self._formulas[name].penalised(self.basis(self._formulas[name].rank(deltas)), deltas)
+        return found  # type: ignore[return-value]
 
     def add_adapter(self, name: str, formula: Formula, deltas: Mapping[str, Tensor] | int) -> None:
         """Take one more, which waits: copies of its tensors in S0's dtype and place, or zeros for a rank."""

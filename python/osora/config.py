@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
 ALL_LINEAR = "all-linear"
+REGULARIZERS = ("squared", "paper")
 
 
 def _check_regex(where: str, pattern: str) -> None:
@@ -190,6 +191,10 @@ class SorsaConfig(AdapterConfig):
             ``r`` of them hold less, it keeps ``r``, with a note in the summary.
 
         alpha: the adapter's ΔW is scaled by alpha / r, with the rank r that a layer has. None, the paper's: 1.
+        gamma: weight of the penalty on ``U`` and ``V`` that keeps their columns orthonormal: gamma times the mean over
+            all factors. 0 for none. Each optimiser step gets its gradient by itself (docs/sorsa.md).
+        regularizer: "squared" is ``‖QᵀQ − I‖_F²`` of a factor Q, "paper" is ``‖QᵀQ − I‖_F``, whose gradient has full
+            size however small the deviation is.
 
     Raises:
         TypeError, ValueError: a value of the wrong type or out of range, naming it.
@@ -198,6 +203,8 @@ class SorsaConfig(AdapterConfig):
     method: ClassVar[str] = "sorsa"
 
     alpha: float | None = None
+    gamma: float = 1.0
+    regularizer: str = "squared"
 
     def __post_init__(self) -> None:
         """Check the fields of its own as well."""
@@ -206,6 +213,11 @@ class SorsaConfig(AdapterConfig):
             object.__setattr__(self, "alpha", _checked_float("alpha", self.alpha))
             if self.alpha <= 0:
                 raise ValueError(f"alpha must be positive, got {self.alpha}")
+        object.__setattr__(self, "gamma", _checked_float("gamma", self.gamma))
+        if self.gamma < 0:
+            raise ValueError(f"gamma must not be negative, got {self.gamma}")
+        if self.regularizer not in REGULARIZERS:
+            raise ValueError(f"regularizer must be one of {', '.join(REGULARIZERS)}, got {self.regularizer!r}")
 
 
 METHODS: dict[str, type[AdapterConfig]] = {kind.method: kind for kind in (OsoraConfig, SorsaConfig)}

@@ -47,6 +47,10 @@ class Formula(ABC):
         """The kinds that are trained; the others stay as they are."""
         return self.kinds
 
+    def penalised(self, basis: Basis, deltas: Deltas) -> list[tuple[Tensor, Tensor]]:
+        """Factors to be kept orthonormal: each one's trained change and its start, both [m, r]."""
+        return []
+
     def rank(self, deltas: Deltas) -> int:
         """The rank of the basis that these deltas belong to."""
         return deltas[self.kinds.index("s")].numel()
@@ -115,6 +119,11 @@ class SorsaFormula(Formula):
         (U0, V0, S0), (u, s, v) = basis, deltas
         S0, s = self._scaled(S0, s)
         return ops_sorsa.sorsa_linear(x, weight, bias, U0, S0, V0, u, s, v)
+
+    def penalised(self, basis: Basis, deltas: Deltas) -> list[tuple[Tensor, Tensor]]:
+        """U and V."""
+        (U0, V0, _), (u, _, v) = basis, deltas
+        return [(u, U0), (v, V0)]
 
     @torch.no_grad()
     def factors(self, basis: Basis, deltas: Deltas) -> tuple[Tensor, Tensor]:

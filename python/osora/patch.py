@@ -12,10 +12,11 @@ from dataclasses import dataclass, field, replace
 from torch import Tensor, nn
 
 from osora.adapted import DEFAULT, AdaptedLinear, oriented_weight
-from osora.config import AdapterConfig, OsoraConfig
+from osora.config import AdapterConfig, OsoraConfig, SorsaConfig
 from osora.factors import Decomposition, Unconverged, check_matrix, check_max_memory, decompose, svd_plan
 from osora.formulas import formula_of
 from osora.layers import make_layer
+from osora.regularizer import Penalty
 from osora.spectrum import captured_energy, rank_for_energy
 from osora.targets import Target, find_targets
 
@@ -32,6 +33,15 @@ class AdapterState:
     config: AdapterConfig
     seconds: float
     notes: dict[str, str] = field(default_factory=dict)  # module name -> what is worth a line
+    penalty: Penalty | None = None  # of SORSA, as long as the adapter is there
+
+    def begin(self, model: nn.Module, name: str) -> None:
+        """The adapter is in the model from now on: say what is worth a line, and penalise what is to be penalised."""
+        if isinstance(self.config, SorsaConfig):
+            layers = list(adapted_layers(model, name).values())
+            self.penalty = Penalty(layers, name, self.config.gamma, self.config.regularizer)
+        for module, note in self.notes.items():
+            log.info("%s: %s", module, note)
 
 
 @dataclass
@@ -192,7 +202,7 @@ def install(model: nn.Module, layers: Layers, name: str, adapter: AdapterState) 
     for target, layer in layers:
         _replace(model, target.names, layer)
     setattr(model, _STATE, State(required_grad, name, {name: adapter}))
-    _say(adapter)
+    adapter.begin(model, name)
 
 
 def install_beside(model: nn.Module, layers: Layers, name: str, adapter: AdapterState) -> None:
@@ -202,12 +212,7 @@ def install_beside(model: nn.Module, layers: Layers, name: str, adapter: Adapter
         layer.requires_grad_(False)
         _replace(model, target.names, layer)
     state_of(model).adapters[name] = adapter
-    _say(adapter)
-
-
-def _say(adapter: AdapterState) -> None:
-    for name, note in adapter.notes.items():
-        log.info("%s: %s", name, note)
+    adapter.begin(model, name)
 
 
 def notes_of(targets: Iterable[Target]) -> dict[str, str]:
