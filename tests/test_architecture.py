@@ -21,8 +21,7 @@ LAYERS = [
     {"factors", "spectrum", "config", "fingerprint", "adapter_file", "formulas", "rows", "materialised"},
     {"adapted", "layers", "evidence", "targets", "regularizer", "stream", "schedule"},
     {"weights"},
-    {"adapters", "patch", "summary", "checkpoint", "merge", "distributed", "execution", "estimate"}
-    | {"training"},
+    {"adapters", "patch", "summary", "checkpoint", "merge", "distributed", "execution", "estimate"} | {"training"},
     {"saved", "base_folder", "merge_saved", "export"},
     {"cli", "peft", "trainer", "analysis", "plots"},
 ]
