@@ -20,6 +20,10 @@ TORCH_LIBRARY(osora, m) {
   m.def(
       "linear(Tensor x, Tensor? weight, Tensor? bias, Tensor U, Tensor V, Tensor S0, Tensor s, Tensor o)"
       " -> (Tensor, Tensor)");
+  // y of linear with a derivative in x, bias, s and o, which keeps h. `cast`: weight, U and V take x's dtype.
+  m.def(
+      "linear_trained(Tensor x, Tensor? weight, Tensor? bias, Tensor U, Tensor V, Tensor S0, Tensor s, Tensor o,"
+      " bool cast) -> Tensor");
   // The two halves of linear, for those who keep h and compute y again: h = x V, y = x W^T + bias + h D^T.
   m.def("down(Tensor x, Tensor V) -> Tensor");
   m.def("up(Tensor x, Tensor h, Tensor? weight, Tensor? bias, Tensor U, Tensor S0, Tensor s, Tensor o) -> Tensor");
