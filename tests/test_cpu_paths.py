@@ -55,6 +55,30 @@ def test_sums_over_all_rows(n, d, r, dtype):
         assert_within(got, wish.value[name], TOLERANCE[dtype] * wish.size[name])
 
 
+# Many rows for the weight's size, so that W + D Vᵀ is summed first (core/linear_plan.h), and sizes around its tiles (8 or
+# 6 rows of D, 32 columns of V, 24 rows for a thread); the last has few rows.
+@pytest.mark.parametrize(
+    "n, k, d, r",
+    [(9, 1, 1, 1), (400, 31, 23, 5), (400, 33, 25, 8), (700, 96, 49, 17), (700, 70, 331, 64), (3, 70, 50, 5)],
+)
+@pytest.mark.parametrize("layout", ["rows", "columns", "gaps"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+def test_gradient_of_the_input(n, k, d, r, layout, dtype):
+    case = linear_case((n,), k, d, r, dtype)
+    if layout == "columns":  # a Conv1D's
+        case = case.replace(weight=case.weight.t().contiguous().t())
+    elif layout == "gaps":
+        case = case.replace(weight=torch.stack([case.weight, case.weight], 2)[:, :, 0])
+    dy = torch.randn(n, d, dtype=torch.float64).to(dtype)
+    h = CPU.linear(*case.arguments)[1]
+    rest = (case.weight, case.U, case.V, case.S0)
+    dx = CPU.linear_backward(dy, h, *rest, case.s, case.o, True, False, False)[0]
+    wish = expected_linear(case, dy)
+    assert_within(dx, wish.value["dx"], TOLERANCE[dtype] * wish.size["dx"])
+    nothing = CPU.linear_backward(dy, h, *rest, 0 * case.s, 0 * case.o, True, False, False)[0]
+    assert torch.equal(nothing, dy @ case.weight), "an adapter of zeros must give the base's gradient, bit for bit"
+
+
 @pytest.mark.parametrize("n, k, d, r", [(300, 700, 333, 17), (64, 2048, 100, 64), (1500, 90, 576, 8)])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_gradients_have_the_same_bits_on_any_number_of_threads(n, k, d, r, dtype, threads):

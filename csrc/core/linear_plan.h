@@ -21,4 +21,9 @@ constexpr LinearPlan linear_plan(int64_t n, int64_t d, int64_t k, int64_t r, boo
   return cuda && row_major && !empty && n <= kMaxDecodeRows ? LinearPlan::kDecode : LinearPlan::kSplit;
 }
 
+// Whether dx = dy W + (dy D) V^T is cheaper as dy (W + D V^T), whose sum is made for this one product: d k r
+// multiply-adds, and W read and written once, against n r (d + k), with dy read and dx written once more. It never
+// takes more memory than half of dy and dx.
+constexpr bool sums_weight_first(int64_t n, int64_t d, int64_t k) { return n * (d + k) > 2 * d * k; }
+
 }  // namespace osora::core

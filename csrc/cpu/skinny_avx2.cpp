@@ -13,6 +13,6 @@ void times(const float* a, int64_t m, int64_t k, int64_t lda, const float* x, in
 
 }  // namespace
 
-extern const Skinny skinny_avx2{times, back_all<Eight, 4, 3>, scan<Eight>};
+extern const Skinny skinny_avx2{times, back_all<Eight, 4, 3>, plus_all<Eight, 6, 2>, scan<Eight>};
 
 }  // namespace osora::cpu

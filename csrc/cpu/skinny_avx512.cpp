@@ -14,6 +14,6 @@ void times(const float* a, int64_t m, int64_t k, int64_t lda, const float* x, in
 
 }  // namespace
 
-extern const Skinny skinny_avx512{times, back_all<Sixteen, 8, 3>, scan<Sixteen>};
+extern const Skinny skinny_avx512{times, back_all<Sixteen, 8, 3>, plus_all<Sixteen, 8, 2>, scan<Sixteen>};
 
 }  // namespace osora::cpu

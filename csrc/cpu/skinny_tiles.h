@@ -6,6 +6,8 @@
 
 #include <cstdint>
 
+#include "cpu/skinny.h"
+
 namespace osora::cpu {
 namespace {
 
@@ -94,6 +96,58 @@ void times_strip(const float* a, int64_t m, int64_t k, int64_t lda, const float*
   int64_t i = 0;
   for (; i + Rows <= m; i += Rows) times_tile<Vector, Rows, Vectors>(a + i * lda, k, lda, x, n, alpha, y + i * n);
   for (; i < m; ++i) times_tile<Vector, 1, Vectors>(a + i * lda, k, lda, x, n, alpha, y + i * n);
+}
+
+// Rows x (Vectors * lanes) entries of out in registers; x is a strip, kStrip numbers a row.
+template <class Vector, int Rows, int Vectors>
+inline __attribute__((always_inline)) void plus_tile(const float* a, int64_t k, int64_t lda, const float* x,
+                                                     const float* base, int64_t ldbase, float* out, int64_t ldout) {
+  typename Vector::type sum[Rows][Vectors];
+#pragma GCC unroll 16
+  for (int i = 0; i < Rows; ++i) {
+#pragma GCC unroll 4
+    for (int v = 0; v < Vectors; ++v) sum[i][v] = Vector::load(base + i * ldbase + v * Vector::kLanes);
+  }
+  for (int64_t l = 0; l < k; ++l, x += kStrip) {
+    typename Vector::type right[Vectors];
+#pragma GCC unroll 4
+    for (int v = 0; v < Vectors; ++v) right[v] = Vector::load(x + v * Vector::kLanes);
+#pragma GCC unroll 16
+    for (int i = 0; i < Rows; ++i) {
+      const auto left = Vector::spread(a[i * lda + l]);
+#pragma GCC unroll 4
+      for (int v = 0; v < Vectors; ++v) sum[i][v] = Vector::multiply_add(left, right[v], sum[i][v]);
+    }
+  }
+#pragma GCC unroll 16
+  for (int i = 0; i < Rows; ++i) {
+#pragma GCC unroll 4
+    for (int v = 0; v < Vectors; ++v) Vector::store(out + i * ldout + v * Vector::kLanes, sum[i][v]);
+  }
+}
+
+template <class Vector, int Rows, int Vectors>
+void plus_all(const float* a, int64_t m, int64_t k, int64_t lda, const float* x, int64_t n, const float* base,
+              int64_t ldbase, float* out, int64_t ldout) {
+  constexpr int64_t kWide = Vectors * Vector::kLanes;
+  for (int64_t i = 0; i < m; i += Rows, a += Rows * lda, base += Rows * ldbase, out += Rows * ldout) {
+    const int64_t rows = m - i < Rows ? m - i : Rows;
+    for (int64_t j = 0; j < n; j += kWide) {
+      const float* const strip = x + j / kStrip * k * kStrip + j % kStrip;
+      if (rows == Rows && j + kWide <= n) {
+        plus_tile<Vector, Rows, Vectors>(a, k, lda, strip, base + j, ldbase, out + j, ldout);
+        continue;
+      }
+      const int64_t width = n - j < kWide ? n - j : kWide;
+      for (int64_t row = 0; row < rows; ++row) {
+        for (int64_t c = 0; c < width; ++c) {
+          float sum = base[row * ldbase + j + c];
+          for (int64_t l = 0; l < k; ++l) sum = __builtin_fmaf(a[row * lda + l], strip[l * kStrip + c], sum);
+          out[row * ldout + j + c] = sum;
+        }
+      }
+    }
+  }
 }
 
 // Columns x (Vectors * lanes) entries of z in registers; every entry of y is spread over a vector once.

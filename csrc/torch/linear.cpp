@@ -13,6 +13,7 @@
 #include <ATen/ops/mm.h>
 #include <torch/library.h>
 
+#include "core/linear_plan.h"
 #include "torch/checks.h"
 #include "torch/decode.h"
 #include "torch/fold.h"
@@ -79,8 +80,14 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> linear_backward(const at::Tensor&
   const auto rows = as_rows(dy);
   auto dx = at::empty({0}, dy.options());
   if (need_x) {
-    dx = at::mm(at::mm(rows, fold(U, S0, s, o)), V.t());
-    if (weight) dx.addmm_(rows, *weight);
+    const auto D = fold(U, S0, s, o);
+    const bool first = weight && core::sums_weight_first(rows.size(0), U.size(0), V.size(0));
+    if (const auto sum = first ? summed_weight(*weight, D, V) : std::nullopt) {
+      dx = at::mm(rows, *sum);
+    } else {
+      dx = at::mm(at::mm(rows, D), V.t());
+      if (weight) dx.addmm_(rows, *weight);
+    }
     dx = dx.view(with_last(dy, V.size(0)));
   }
   const auto sums = dy.options().dtype(accumulate_type(dy.scalar_type()));

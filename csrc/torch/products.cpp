@@ -2,13 +2,16 @@
 #include "torch/products.h"
 
 #include <ATen/Parallel.h>
+#include <ATen/ops/constant_pad_nd.h>
 #include <ATen/ops/empty.h>
+#include <ATen/ops/empty_strided.h>
 #include <ATen/ops/mm.h>
 
 #include <algorithm>
 
 #include "cpu/features.h"
 #include "cpu/outer.h"
+#include "cpu/skinny.h"
 #include "torch/checks.h"
 #include "torch/guards.h"
 #include "torch/workers.h"
@@ -67,6 +70,35 @@ at::Tensor product_by_rows(const at::Tensor& a, const at::Tensor& b) {
   return out;
 }
 
+bool is_float_on_cpu(const at::Tensor& t) { return t.is_cpu() && t.scalar_type() == at::kFloat; }
+
+// P[d, r] = dy^T h in float32: columns of dy a few at a time, each by one thread, in blocks of rows that stay in the
+// cache for all columns of h.
+at::Tensor outer_sum_skinny(const at::Tensor& dy, const at::Tensor& h) {
+  constexpr int64_t kColumns = 96, kRows = 256, kMultiple = 8;
+  const int64_t n = dy.size(0), d = dy.size(1), r = h.size(1), wide = (r + kMultiple - 1) / kMultiple * kMultiple;
+  const auto right = wide == r ? h.contiguous() : at::constant_pad_nd(h, {0, wide - r});
+  auto P = at::empty({d, r}, dy.options());
+  const float* const left = dy.const_data_ptr<float>();
+  at::parallel_for(0, (d + kColumns - 1) / kColumns, 1, [&](int64_t first, int64_t last) {
+    const OperatorGuard guard(dy.device());  // a thread of the pool starts without ours
+    auto sums = at::empty({wide, kColumns}, dy.options());
+    float* const sum = sums.mutable_data_ptr<float>();
+    for (int64_t begin = first * kColumns; begin < std::min(d, last * kColumns); begin += kColumns) {
+      const int64_t count = std::min(kColumns, d - begin);
+      for (int64_t row = 0; row == 0 || row < n; row += kRows) {
+        cpu::skinny()->back(left + row * dy.stride(0) + begin, std::min(kRows, n - row), count, dy.stride(0),
+                            right.const_data_ptr<float>() + row * wide, wide, 1.0f, row > 0, sum);
+      }
+      float* const out = P.mutable_data_ptr<float>() + begin * r;
+      for (int64_t i = 0; i < count; ++i) {
+        for (int64_t j = 0; j < r; ++j) out[i * r + j] = sum[j * count + i];
+      }
+    }
+  });
+  return P;
+}
+
 }  // namespace
 
 at::Tensor down_product(const at::Tensor& x, const at::Tensor& V) {
@@ -82,7 +114,32 @@ at::Tensor outer_sum(const at::Tensor& dy, const at::Tensor& h) {
     return outer_sum_amx(dy, h);
   }
 #endif
+  if (is_float_on_cpu(dy) && cpu::skinny() && dy.stride(1) == 1) return outer_sum_skinny(dy, h);
   return product_by_rows(dy.t(), h.to(exact));
+}
+
+std::optional<at::Tensor> summed_weight(const at::Tensor& W, const at::Tensor& D, const at::Tensor& V) {
+  if (!is_float_on_cpu(W) || !cpu::skinny()) return std::nullopt;
+  if (W.stride(1) != 1 && W.stride(0) == 1) {  // GPT-2's: W^T + V D^T
+    auto transposed = summed_weight(W.t(), V, D);
+    return transposed ? std::optional(transposed->t()) : std::nullopt;
+  }
+  if (W.stride(1) != 1 || D.stride(1) != 1 || V.stride(1) != 1) return std::nullopt;
+  const int64_t d = W.size(0), k = W.size(1), r = V.size(1), strips = cpu::strips(k);
+  auto packed = at::empty({strips, r, cpu::kStrip}, V.options());
+  auto sum = at::empty({d, k}, W.options());
+  const auto grain = [](int64_t work) { return std::max<int64_t>(1, 32768 / std::max<int64_t>(1, work)); };
+  at::parallel_for(0, strips, grain(cpu::kStrip * r), [&](int64_t begin, int64_t end) {
+    cpu::pack_strips(V.const_data_ptr<float>(), k, r, V.stride(0), begin, end, packed.mutable_data_ptr<float>());
+  });
+  constexpr int64_t kRows = 24;  // a multiple of the kernels' rows, so that threads share no tile
+  at::parallel_for(0, (d + kRows - 1) / kRows, grain(kRows * k), [&](int64_t begin, int64_t end) {
+    const int64_t row = begin * kRows;
+    cpu::skinny()->plus(D.const_data_ptr<float>() + row * D.stride(0), std::min(d, end * kRows) - row, r, D.stride(0),
+                        packed.const_data_ptr<float>(), k, W.const_data_ptr<float>() + row * W.stride(0), W.stride(0),
+                        sum.mutable_data_ptr<float>() + row * k, k);
+  });
+  return sum;
 }
 
 }  // namespace osora
