@@ -3,6 +3,8 @@
 #   VENV=.venv                       the virtual environment, made when it is missing
 #   TORCH='torch>=2.11,<2.15'        the torch to install, for example TORCH=torch==2.13.0
 #   PYTHON=python3                   the interpreter the environment is made from
+#   JOBS=2                           processes that run tests, each with one thread unless a test asks for more
+#   EMULATION=0                      without the CUDA sources compiled for the CPU, and the tests that run them
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .ONESHELL:
@@ -13,6 +15,8 @@ VENV ?= .venv
 TORCH ?= torch>=2.11,<2.15
 PYTHON ?= python3
 PYTEST_ARGS ?=
+JOBS ?= 2
+EMULATION ?= 1
 BUILD_TOOLS := 'setuptools>=77' 'pybind11>=2.13' 'cmake>=3.26' 'ninja>=1.11'
 
 PY := $(VENV)/bin/python
@@ -53,13 +57,13 @@ demo: $(STAMPS)/installed $(STAMPS)/demo
 test: lint unit
 
 # Everything but the tests themselves.
-prepare: $(STAMPS)/strict $(STAMPS)/test emulation
+prepare: $(STAMPS)/strict $(STAMPS)/test $(if $(filter 0,$(EMULATION)),,emulation)
 
 unit: prepare
 	echo "-- pytest"
-	export OSORA_EMULATION_DIR=$(BUILD)/tests/emulation OSORA_REQUIRE_EMULATION=1
+	[ "$(EMULATION)" = 0 ] || export OSORA_EMULATION_DIR=$(BUILD)/tests/emulation OSORA_REQUIRE_EMULATION=1
 	export OSORA_REQUIRE_NVCC=$$($(PY) -c 'import osora; print(int(osora.build_info()["cuda"]))')
-	$(PY) -m pytest $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n $(JOBS) --dist loadfile $(if $(filter 0,$(EMULATION)),--ignore=tests/test_emulation.py) $(PYTEST_ARGS)
 
 lint: $(STAMPS)/strict $(STAMPS)/test
 	echo "-- ruff, clang-format, mypy"
