@@ -29,6 +29,7 @@ LEAVES = LAYERS[-1]
 LEVEL = {module: level for level, layer in enumerate(LAYERS) for module in layer}
 TORCH_HEADERS = {"torch/all.h", "torch/extension.h", "torch/library.h", "torch/torch.h"}
 OPTIONAL = {"accelerate", "bitsandbytes", "datasets", "matplotlib", "peft", "transformers", "trl"}
+AT_HOME = {"quantised": {"bitsandbytes"}}  # inside functions, for layers that are bitsandbytes' own
 MODULES = sorted(path.stem for path in PACKAGE.glob("*.py") if path.stem not in ("__init__", "_compiled_for"))
 
 
@@ -93,7 +94,7 @@ def test_nothing_imports_a_leaf():
 
 @pytest.mark.parametrize("module", [module for module in MODULES if module not in LEAVES])
 def test_optional_packages_are_imported_in_leaves_alone(module):
-    found = {name.split(".")[0] for name in imports(module)} & OPTIONAL
+    found = {name.split(".")[0] for name in imports(module)} & OPTIONAL - AT_HOME.get(module, set())
     assert not found, f"{module} imports {found}; only {sorted(LEAVES)} may"
 
 

@@ -296,6 +296,12 @@ def _transformed() -> bool:
 _HALVES = (torch.bfloat16, torch.float16)
 
 
+def _another_dtype(x: Tensor, U: Tensor, V: Tensor) -> bool:
+    """Whether a basis is in another dtype of at most 32 bits than x: a quantised base takes x in any of them."""
+    small = (*_HALVES, torch.float32)
+    return U.dtype == V.dtype != x.dtype and U.dtype in small and x.dtype in small
+
+
 def _cast_frozen(inputs: tuple) -> tuple:
     x, weight, bias, U, V, *rest = inputs
     return x, None if weight is None else weight.to(x.dtype), bias, U.to(x.dtype), V.to(x.dtype), *rest
@@ -315,8 +321,8 @@ class _LinearAdd(torch.autograd.Function):
     """``osora::linear_add_`` for autograd; its inputs are those of ``osora::linear`` with y before them."""
 
     @staticmethod
-    def forward(ctx: Any, autocast: bool, y: Tensor, *inputs: Tensor | None) -> Tensor:
-        x, _, _, *rest = _cast_frozen(inputs) if autocast else inputs
+    def forward(ctx: Any, cast: bool, y: Tensor, *inputs: Tensor | None) -> Tensor:
+        x, _, _, *rest = _cast_frozen(inputs) if cast else inputs
         h = _ops.linear_add_(y, x, *rest)
         ctx.mark_dirty(y)
         _linear_save(ctx, inputs, h)
@@ -384,7 +390,8 @@ def linear(
         weight: frozen base weight [d, k] in any strides, or None for the adapter's branch alone.
         bias: [d] or None; it is not scaled by O.
         U: left singular vectors [d, r], in x's dtype; float32 too, with V, for 16-bit x and weight (FSDP2 casts
-            parameters and no buffers): both are cast, and what is kept are the float32 ones.
+            parameters and no buffers), and without a weight any dtype of at most 32 bits for another: both are cast,
+            and what is kept for the backward are the given ones.
         V: right singular vectors [k, r], as U.
         S0: singular values [r], float32 (float64 for float64 x).
         s: change of the singular values [r], float32 (float64); 16-bit is accepted.
@@ -400,7 +407,7 @@ def linear(
     x, bias, cast = _autocast(x, bias)
     # FSDP2's MixedPrecisionPolicy casts parameters to 16 bits, and leaves buffers, such as U and V, in float32.
     narrowed = x.dtype in _HALVES and U.dtype == V.dtype == torch.float32
-    cast = cast or (narrowed and (weight is None or weight.dtype == x.dtype))
+    cast = cast or (_another_dtype(x, U, V) if weight is None else narrowed and weight.dtype == x.dtype)
     inputs = (x, weight, bias, U, V, S0, s, o)
     transformed = _transformed()
     trained = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs)
@@ -452,11 +459,12 @@ def linear_multi(
             index out of range gives a row of NaN, and a rank out of range is taken for the nearest that there is.
         RuntimeError: wrong shape, dtype or device, naming the argument; a gradient would be needed.
     """
-    x, bias, autocast = _autocast(x, bias)
+    x, bias, cast = _autocast(x, bias)
+    cast = cast or (weight is None and _another_dtype(x, U, V))
     inputs = (x, weight, bias, U, V, S0, s, o)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs):
         _refuse_training()
-    return _ops.linear_multi(*(_cast_frozen(inputs) if autocast else inputs), index, ranks)
+    return _ops.linear_multi(*(_cast_frozen(inputs) if cast else inputs), index, ranks)
 
 
 def linear_add_(y: Tensor, x: Tensor, U: Tensor, V: Tensor, S0: Tensor, s: Tensor, o: Tensor) -> Tensor:
@@ -483,8 +491,9 @@ def linear_add_(y: Tensor, x: Tensor, U: Tensor, V: Tensor, S0: Tensor, s: Tenso
     # An operator that writes to an argument has no derivative there.
     if torch.compiler.is_compiling() or _transformed():
         return y.add_(linear(x, None, None, U, V, S0, s, o))
-    x, _, autocast = _autocast(x, None)
-    x = x.to(y.dtype) if autocast else x
+    x, _, cast = _autocast(x, None)
+    x = x.to(y.dtype) if cast else x
+    cast = cast or (x.dtype == y.dtype and _another_dtype(x, U, V))
     inputs = (x, None, None, U, V, S0, s, o)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (y, *inputs)):
         if y.requires_grad and (y.is_leaf or (y._base is not None and y._base.is_leaf)):
@@ -493,8 +502,8 @@ def linear_add_(y: Tensor, x: Tensor, U: Tensor, V: Tensor, S0: Tensor, s: Tenso
                 "in place; give a clone(), or call it under torch.no_grad()"
             )
         _refuse_frozen("linear_add_", {"U": U.requires_grad, "V": V.requires_grad, "S0": S0.requires_grad})
-        return _LinearAdd.apply(autocast, y, *inputs)
-    inputs = _cast_frozen(inputs) if autocast else inputs
+        return _LinearAdd.apply(cast, y, *inputs)
+    inputs = _cast_frozen(inputs) if cast else inputs
     _ops.linear_add_(y, *(t for t in inputs if t is not None))
     return y
 
