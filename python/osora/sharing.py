@@ -1,0 +1,55 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Two models on one set of base weights (docs/quantised.md)."""
+
+import copy
+from typing import Any
+
+from torch import nn
+
+from osora.patch import _STATE, osora_layers, state_of
+
+
+def share_base(model: nn.Module) -> nn.Module:
+    """A model of its own, without adapters, on the same base weights: no weight is copied.
+
+    It may get an adapter of its own by :func:`osora.attach`, or be the reference model of a preference loss. Buffers
+    that are not quantised weights are copied. As long as both live, move or cast neither: give it away or to a trainer
+    on the device where it is. Do this before a trainer or accelerate wraps the model, whose hooks would lead from the
+    copy to the original.
+
+    Args:
+        model: any model, with adapters or without; not merged.
+
+    Returns:
+        A model of the same class. What required a gradient before the adapter came does so in it.
+
+    Raises:
+        ValueError: the model is merged: its weights are then not the base's.
+    """
+    layers = osora_layers(model)
+    for name, layer in layers.items():
+        if layer.merged:
+            raise ValueError(f"{name}: the adapter is merged: call osora.unmerge(model) first")
+    shared: dict[int, Any] = {}  # as copy.deepcopy keeps it: identity -> what stands for it
+    for module in model.modules():
+        for parameter in module._parameters.values():
+            if parameter is None or id(parameter) in shared:
+                continue
+            # a parameter of its own for each model, on the same memory; but bitsandbytes' hold more than their memory
+            plain = type(parameter) is nn.Parameter
+            shared[id(parameter)] = (
+                nn.Parameter(parameter.detach(), parameter.requires_grad) if plain else parameter
+            )
+        for name in ("quant_state", "state"):  # of bitsandbytes' layers; the weights' scales are in there
+            state = module.__dict__.get(name)
+            if type(state).__module__.startswith("bitsandbytes."):
+                shared[id(state)] = state
+    for layer in layers.values():
+        shared[id(layer)] = copy.deepcopy(layer.base_layer, shared)
+    other = copy.deepcopy(model, shared)
+    if layers:
+        required = state_of(model).required_grad
+        delattr(other, _STATE)
+        for name, parameter in other.named_parameters():
+            parameter.requires_grad_(required.get(name, parameter.requires_grad))
+    return other
