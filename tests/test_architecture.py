@@ -18,11 +18,12 @@ LAYERS = [
     {"_load"},
     {"ops"},
     {"ops_sorsa", "ops_effective"},
-    {"factors", "spectrum", "config", "fingerprint", "adapter_file", "formulas", "rows", "materialised"},
+    {"factors", "spectrum", "config", "fingerprint", "adapter_file", "formulas", "rows", "materialised"}
+    | {"quantised", "bases"},
     {"adapted", "layers", "evidence", "targets", "regularizer", "stream", "schedule"},
     {"weights"},
     {"adapters", "patch", "summary", "checkpoint", "merge", "distributed", "execution", "estimate"} | {"training"},
-    {"saved", "base_folder", "merge_saved", "export"},
+    {"saved", "base_folder", "merge_saved", "export", "sharing"},
     {"cli", "peft", "trainer", "analysis", "plots"},
 ]
 LEAVES = LAYERS[-1]

@@ -23,6 +23,7 @@ from osora.merge_saved import MergedFolder, merge_saved
 from osora.patch import adapter_parameters, attach, detach, disabled
 from osora.plots import plot_changes, plot_spectra
 from osora.saved import AdapterInfo, SavedModule, adapter_info
+from osora.sharing import share_base
 from osora.spectrum import Spectrum, rank_for_energy, spectrum
 from osora.summary import Summary, summary
 from osora.training import orthonormality
@@ -72,6 +73,7 @@ __all__ = [
     "save_adapter",
     "set_adapter",
     "set_execution",
+    "share_base",
     "spectrum",
     "summary",
     "svd_plan",

@@ -8,25 +8,14 @@ import torch
 from torch import Tensor, nn
 
 from osora import ops_effective, reference
+from osora.bases import base_weight, dense_weight, is_conv1d, is_quantised, oriented_weight
 from osora.factors import Decomposition
 from osora.formulas import Basis, Deltas, Formula, OsoraFormula, leading
 from osora.materialised import Materialised
+from osora.quantised import AsItWas, Kept, kind_of, restore
 from osora.rows import RowAdapters
 
 DEFAULT = "default"  # the name of an adapter that was given none
-
-
-def is_conv1d(module: nn.Module) -> bool:
-    """Whether it is GPT-2's ``Conv1D`` of transformers: a linear layer that stores its weight as [in, out]."""
-    kind = type(module)
-    return kind.__name__ == "Conv1D" and kind.__module__.startswith("transformers.")
-
-
-def oriented_weight(module: nn.Module) -> Tensor:
-    """The weight as [out_features, in_features], a view for ``Conv1D``."""
-    weight = module.weight
-    assert isinstance(weight, Tensor)
-    return weight.t() if is_conv1d(module) else weight
 
 
 def has_hooks(module: nn.Module) -> bool:
@@ -47,10 +36,11 @@ def adapted_linear(
 ) -> Tensor:
     """What a base layer gives with one adapter: y [..., out_features].
 
-    The base layer is called where calling it does more than its product, and where dropout gives the branch another x.
+    The base layer is called where calling it does more than its product, where it alone can read its quantised weight,
+    and where dropout gives the branch another x.
 
     Args:
-        base: ``torch.nn.Linear`` or transformers' ``Conv1D``.
+        base: ``torch.nn.Linear``, transformers' ``Conv1D``, or a quantised layer that is known.
         x: [..., in_features].
         formula: the adapter's method.
         basis: U, V and S0 of the adapter's rank.
@@ -58,9 +48,12 @@ def adapted_linear(
         dropout: probability for the entries of the branch's x, 0 where the layer is not training.
     """
     hooked = has_hooks(base)
-    if hooked or dropout > 0:
-        branch, y = nn.functional.dropout(x, dropout), base(x)
-        if hooked or _has_global_hooks():  # which may keep y
+    if hooked or dropout > 0 or is_quantised(base):
+        if x.requires_grad and (kind := kind_of(base)) is not None:
+            kind.check_gradient(base)
+        branch, y = nn.functional.dropout(x, dropout) if dropout > 0 else x, base(x)
+        # hooks may keep y; autograd lets nobody write to a view that a function of Python's gave, as bitsandbytes' do
+        if hooked or _has_global_hooks() or y._is_view():
             return y + formula.linear(branch, None, None, basis, deltas)
         return formula.add_(y, branch, basis, deltas)
     return formula.linear(x, oriented_weight(base), base.bias, basis, deltas)  # type: ignore[arg-type]
@@ -78,7 +71,7 @@ class AdaptedLinear(nn.Module):
     layer, which then is its base. The others wait as ``o@NAME`` and ``s@NAME``.
 
     Args:
-        base_layer: ``torch.nn.Linear`` or transformers' ``Conv1D``.
+        base_layer: ``torch.nn.Linear``, transformers' ``Conv1D``, or a quantised layer that is known.
         factors: the top singular triplets of its weight.
         formula: of the adapter that comes first.
         dropout: probability on the adapter branch's x while training.
@@ -102,7 +95,7 @@ class AdaptedLinear(nn.Module):
     ) -> None:
         """Take the frozen basis from ``factors``, on the base weight's device and in its dtype."""
         super().__init__()
-        weight = oriented_weight(base_layer)
+        weight = base_weight(base_layer)
         self.base_layer = base_layer
         self.out_features, self.in_features = weight.shape
         self.method, self.passes, self.converged = factors.method, factors.passes, factors.converged
@@ -113,14 +106,14 @@ class AdaptedLinear(nn.Module):
         self.batch: RowAdapters | None = None  # within osora.adapters_in_batch
         exact, device = reference.accumulate_dtype(weight.dtype), weight.device
         # contiguous: the operator reads both row by row, and safetensors stores nothing else
-        self.register_buffer("U", factors.U.detach().to(weight).contiguous())
-        self.register_buffer("V", factors.V.detach().to(weight).contiguous())
+        self.register_buffer("U", factors.U.detach().to(device, weight.dtype).contiguous())
+        self.register_buffer("V", factors.V.detach().to(device, weight.dtype).contiguous())
         self.register_buffer("S0", factors.S.detach().to(device, exact))
         self._formulas: dict[str, Formula] = {adapter: formula}
         for kind, shape in formula.shapes(self.out_features, self.in_features, factors.S.numel()).items():
             zeros = torch.zeros(shape, dtype=exact, device=device)
             self.register_parameter(kind, nn.Parameter(zeros, requires_grad=kind in formula.trained))
-        self._kept: list[nn.Parameter] = []  # the base weight while a merged one stands in its place
+        self._kept: list[Kept] = []  # the base weight while a merged one stands in its place
         self.train(base_layer.training)
 
     @property
@@ -167,7 +160,7 @@ class AdaptedLinear(nn.Module):
         batch.check(x, self.training)
         if batch.is_empty:
             return self.base_layer(x)
-        if has_hooks(self.base_layer):
+        if has_hooks(self.base_layer) or is_quantised(self.base_layer):
             return batch.add(self.base_layer(x), x, self.basis(self.S0.numel()))
         return batch.linear(x, oriented_weight(self.base_layer), self.bias, self.basis(self.S0.numel()))
 
@@ -269,6 +262,8 @@ class AdaptedLinear(nn.Module):
         """
         if plan not in ("split", "materialised"):
             raise ValueError(f'an execution plan is "split" or "materialised", got {plan!r}')
+        if plan == "materialised" and is_quantised(self.base_layer):
+            raise ValueError("the materialised plan needs a base that is not quantised: leave it on the split plan")
         if plan == "materialised" and self.adapter is not None and not self._can_materialise():
             raise ValueError(
                 f"the materialised plan is for OSoRA with O on the output side, and {self.adapter!r} is "
@@ -284,7 +279,7 @@ class AdaptedLinear(nn.Module):
         if plan == "split" or not self._can_materialise():
             return None
         assert self.adapter is not None
-        base = self._kept[0] if self.merged else self.base_layer.weight
+        base = self._kept[0].weight if self.merged else self.base_layer.weight
         assert isinstance(base, nn.Parameter)
         return Materialised(base, *self.deltas(self.adapter))
 
@@ -311,26 +306,38 @@ class AdaptedLinear(nn.Module):
         return formula.factors(self.basis(formula.rank(deltas)), deltas)
 
     @torch.no_grad()
-    def merge(self) -> None:
+    def merge(self, requantize: bool = False) -> None:
         """Put ``W0 + ΔW``, summed in float32 and rounded once, in the base weight's place; the base weight is kept.
 
+        With ``requantize`` the sum is quantised as a quantised base is; without, such a base is refused.
+
         Raises:
-            ValueError: already merged, or the sum has NaN or infinite entries; nothing is changed then.
+            ValueError: already merged, quantised, or the sum has NaN or infinite entries; nothing is changed then.
         """
         if self.merged:
             raise ValueError("the adapter is merged already")
         if self.batch is not None:
             raise ValueError("merging is not possible within adapters_in_batch")
-        base = self.base_layer.weight
+        base, kind = self.base_layer.weight, kind_of(self.base_layer)
         assert isinstance(base, nn.Parameter)
-        total = oriented_weight(self.base_layer).to(self.S0.dtype) + self.delta_weight()
+        if kind is not None and not requantize:
+            raise ValueError(
+                f"the base weight is quantised ({kind.name(self.base_layer)}), and merging would round most of the "
+                "adapter away: run it unmerged, dequantise the base before, or call osora.merge(model, requantize=True)"
+            )
+        total = dense_weight(self.base_layer).to(self.S0.dtype) + self.delta_weight()
+        if kind is not None:
+            if not bool(total.isfinite().all()):
+                raise ValueError("merging gives NaN or infinite weights")
+            self._kept.append(kind.replace(self.base_layer, total))
+            return
         merged = total.to(base.dtype)
         if not bool(merged.isfinite().all()):
             raise ValueError(f"merging gives NaN or infinite weights in {base.dtype}")
         if is_conv1d(self.base_layer):
             merged = merged.t().contiguous()
         self.base_layer.weight = nn.Parameter(merged, requires_grad=False)
-        self._kept.append(base)
+        self._kept.append(Kept(base))
         if self._materialised is not None:  # nobody asks for it while the layer is merged
             self._materialised.drop()
 
@@ -338,11 +345,15 @@ class AdaptedLinear(nn.Module):
         """Put the kept base weight back: the same tensor, bit for bit. Raises ValueError if it is not merged."""
         if not self.merged:
             raise ValueError("the adapter is not merged")
-        self.base_layer.weight = self._kept.pop()
+        restore(self.base_layer, self._kept.pop())
 
     def kept_weight(self) -> Tensor:
-        """The base weight [out_features, in_features] behind a merged one."""
-        return self._kept[0].t() if is_conv1d(self.base_layer) else self._kept[0]
+        """The base weight [out_features, in_features] behind a merged one, as it is stored or dequantised."""
+        return dense_weight(self.base())
+
+    def base(self) -> Any:
+        """The base layer or, while a merged weight is in it, what it was, for the functions of osora.bases."""
+        return AsItWas(self.base_layer, self._kept[0]) if self.merged else self.base_layer
 
     # -- moves and copies --
 
@@ -356,7 +367,9 @@ class AdaptedLinear(nn.Module):
         self._materialised = None  # what it made of the old tensors goes before they do
         exact_before = {name: p.detach() for name, p in self._parameters.items() if p is not None} | {"S0": self.S0}
         for kept in self._kept:
-            kept.data = fn(kept.data)
+            if is_quantised(self.base_layer):
+                raise RuntimeError("a model merged with requantize=True cannot be moved: call osora.unmerge first")
+            kept.weight.data = fn(kept.weight.data)
         super()._apply(fn, recurse)
         dtype = reference.accumulate_dtype(self.U.dtype)
         for name, before in exact_before.items():

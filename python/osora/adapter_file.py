@@ -199,6 +199,8 @@ def _check_module(path: Path, module: Any) -> None:
             raise AdapterError(f"{path}: a module's {key} is missing or no {kind.__name__}")
         if kind is list and not _is_sketch(value):
             raise AdapterError(f"{path}: a module's {key} must be {fingerprint.PROBES} finite numbers")
+    if not isinstance(module.get("quantization", ""), str):
+        raise AdapterError(f"{path}: a module's quantization must be a str")
 
 
 def method_options(description: Description, known: set[str]) -> dict[str, Any]:

@@ -11,7 +11,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from osora.adapted import AdaptedLinear, oriented_weight
+from osora.adapted import AdaptedLinear
+from osora.bases import dense_weight
 from osora.config import AdapterConfig
 from osora.factors import Unconverged
 from osora.formulas import OsoraFormula, formula_of
@@ -114,7 +115,7 @@ def _fitted(target: Target, layer: AdaptedLinear, config: AdapterConfig) -> Targ
     """The target with the rank that the adapter takes of the layer's basis."""
     most = layer.S0.numel()
     if config.rank_for_energy is not None:
-        norm = torch.linalg.vector_norm(oriented_weight(layer.base_layer).detach(), dtype=torch.float64)
+        norm = torch.linalg.vector_norm(dense_weight(layer.base_layer).detach(), dtype=torch.float64)
         target = with_enough(target, layer.S0[: target.rank], norm, config.rank_for_energy)
     if target.rank > most:
         raise ValueError(

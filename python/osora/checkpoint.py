@@ -17,9 +17,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from osora.adapted import DEFAULT, AdaptedLinear, oriented_weight
+from osora.adapted import DEFAULT, AdaptedLinear
 from osora.adapter_file import METHODS as FILE_METHODS
 from osora.adapter_file import AdapterError, Description, block_of, method_options, read_adapter, write_adapter
+from osora.bases import base_weight
 from osora.config import METHODS, AdapterConfig
 from osora.evidence import check_bases, check_rebuilt, check_shared, describe
 from osora.factors import Decomposition, check_max_memory
@@ -42,11 +43,6 @@ from osora.targets import Target, base_modules, check_is_linear, check_not_tied,
 # -- save ------------------------------------------------------------------------------------------------------------
 
 
-def _base_weight(layer: AdaptedLinear) -> Tensor:
-    """[out, in]; the kept one while the layer is merged."""
-    return oriented_weight(layer.base_layer) if not layer.merged else layer.kept_weight()
-
-
 def _values(layer: AdaptedLinear, adapter: str) -> dict[str, Tensor]:
     """What the adapter trains in the layer, by kind, and S0 of its rank."""
     deltas = {
@@ -60,7 +56,7 @@ def _describe(name: str, layer: AdaptedLinear, adapter: str) -> dict[str, Any]:
     values = _values(layer, adapter)
     return describe(
         name,
-        _base_weight(layer),
+        layer.base(),
         layer.basis(values["S0"].numel()),
         layer.delta_factors(adapter),
         values,
@@ -160,9 +156,9 @@ def _find_module(model: nn.Module, described: Mapping[str, Any], holders: dict[i
     try:
         check_is_linear(name, module)
         check_not_tied(name, module, holders)
-    except ValueError as error:
+    except (TypeError, ValueError) as error:
         raise AdapterError(str(error)) from error
-    shape, wanted = tuple(oriented_weight(module).shape), (described["out_features"], described["in_features"])
+    shape, wanted = base_weight(module).shape, (described["out_features"], described["in_features"])
     if shape != wanted:
         raise AdapterError(f"the adapter's {name} is {list(wanted)}, this model's is {list(shape)}")
     return module
@@ -263,7 +259,7 @@ def load_adapter(
     config = config_of(description)
     formula = formula_of(config)
     targets = _find_targets(model, modules, config)
-    check_bases(list(modules.values()), [oriented_weight(target.module) for target in targets])
+    check_bases(list(modules.values()), [target.module for target in targets])
 
     wanting = [t for t in targets if not _has_basis(there.get(id(t.module)), modules[t.name]["rank"])]
     if description.save_basis:

@@ -11,7 +11,7 @@ from typing import Literal, TypeAlias
 import torch
 from torch import nn
 
-from osora.layers import oriented_weight
+from osora.bases import base_weight
 from osora.patch import adapted_layers, state_of
 from osora.reference import accumulate_dtype
 
@@ -231,7 +231,7 @@ def estimate(
     found = []
     for name, layer in adapted_layers(model).items():
         chosen: Plan = plan or layer.execution  # type: ignore[assignment]
-        dtype = oriented_weight(layer.base_layer).dtype
+        dtype = base_weight(layer.base_layer).dtype
         cost = linear_cost(
             tokens,
             layer.in_features,

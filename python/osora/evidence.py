@@ -8,6 +8,7 @@ import math
 import warnings
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,14 +16,46 @@ from torch import Tensor
 
 from osora import fingerprint
 from osora.adapter_file import AdapterError
+from osora.bases import dense_weight
+from osora.quantised import kind_of
 
 _FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 Basis = tuple[Tensor, Tensor, Tensor]
 
 
+Base = Tensor | Any  # a weight [d, k], or a base layer (osora.bases)
+
+_RESCALED = 0.02
+"""Share of a 4-bit weight's norm that its sketch may move while its codes stay: bitsandbytes may round and nest the
+scales anew when it packs and unpacks. Eight bits in place of float32 are good for 1 %."""
+
+
+@dataclass(frozen=True)
+class _Weight:
+    """A base weight as fingerprints see it."""
+
+    values: Tensor
+    dtype: torch.dtype
+    quantization: str | None  # how it is stored, if it is quantised
+    digest: str
+
+    @classmethod
+    def of(cls, base: Base) -> "_Weight":
+        if isinstance(base, Tensor):
+            return cls(base, base.dtype, None, fingerprint.weight_digest(base))
+        values = dense_weight(base)
+        if (kind := kind_of(base)) is None:
+            return cls.of(values)
+        return cls(values, kind.dtype(base), kind.name(base), kind.digest(base))
+
+    @property
+    def stored(self) -> str:
+        return self.quantization or str(self.dtype).removeprefix("torch.")
+
+
 def describe(
     name: str,
-    weight: Tensor,
+    base: Base,
     basis: Basis,
     delta: tuple[Tensor, Tensor],
     saved: Mapping[str, Tensor],
@@ -32,21 +65,22 @@ def describe(
 
     Args:
         name: the module's.
-        weight: its base weight [d, k].
+        base: its base weight [d, k], or its base layer, which may be quantised.
         basis: U [d, r], V [k, r], S0 [r] of the adapter.
         delta: ΔW as ``left rightᵀ``.
         saved: the adapter's tensors by kind: those it trains, then S0.
         certificate: ``max_residual``, ``passes``, ``converged`` and ``method`` of the decomposition.
     """
-    U, V, S0 = basis
+    weight, (U, V, S0) = _Weight.of(base), basis
     return {
         "name": name,
         "rank": S0.numel(),
-        "out_features": weight.shape[0],
-        "in_features": weight.shape[1],
+        "out_features": weight.values.shape[0],
+        "in_features": weight.values.shape[1],
         "dtype": str(weight.dtype).removeprefix("torch."),
-        "weight_sha256": fingerprint.weight_digest(weight),
-        "weight_sketch": fingerprint.weight_sketch(weight, name),
+        **({"quantization": weight.quantization} if weight.quantization else {}),
+        "weight_sha256": weight.digest,
+        "weight_sketch": fingerprint.weight_sketch(weight.values, name),
         "delta_sketch": fingerprint.factored_sketch(*delta, name),
         "basis_sketch": fingerprint.factored_sketch(U * S0, V, name),
         "values_sha256": fingerprint.tensors_digest(saved, name),
@@ -55,31 +89,45 @@ def describe(
     }
 
 
-def _check_base(described: Mapping[str, Any], weight: Tensor) -> str | None:
+def _check_base(described: Mapping[str, Any], base: Base) -> str | None:
     """None if the weight is the saved one; else what is different, or raise if it is another weight."""
-    name = described["name"]
-    if fingerprint.weight_digest(weight) == described["weight_sha256"]:
+    name, weight = described["name"], _Weight.of(base)
+    same = described.get("quantization") == weight.quantization
+    if same and weight.digest == described["weight_sha256"] and weight.quantization not in ("bnb-nf4", "bnb-fp4"):
         return None
-    saved = getattr(torch, described["dtype"], None)
+    then, saved = described.get("quantization") or described["dtype"], getattr(torch, described["dtype"], None)
     refusal = AdapterError(
-        f"the base weight {name} is not the one this adapter was trained on: load it on its own base model "
-        f"(dtype {described['dtype']})"
+        f"the base weight {name} is not the one this adapter was trained on: load it on its own base model ({then}; "
+        f"this one is {weight.stored})"
     )
-    if saved not in _FLOATS or saved == weight.dtype:
+    if saved not in _FLOATS:
         raise refusal
-    # Another dtype: the same weight, rounded? Each of the sketch's numbers then moves by the rounding alone.
-    norm = float(torch.linalg.vector_norm(weight.detach(), dtype=torch.float64))
-    allowed = 6 * max(fingerprint.rounding_unit(saved), fingerprint.rounding_unit(weight.dtype)) * norm
-    now = fingerprint.weight_sketch(weight, name)
+    if same and weight.quantization:
+        if weight.digest != described["weight_sha256"]:
+            raise refusal
+        share = _RESCALED
+    elif same and saved == weight.dtype:
+        raise refusal
+    else:
+        # Another dtype: the same weight, rounded? Each of the sketch's numbers then moves by the rounding alone.
+        share = 6 * max(fingerprint.rounding_unit(saved), fingerprint.rounding_unit(weight.dtype))
+    allowed = share * float(torch.linalg.vector_norm(weight.values.detach(), dtype=torch.float64))
+    now = fingerprint.weight_sketch(weight.values, name)
     if max(abs(a - b) for a, b in zip(now, described["weight_sketch"], strict=True)) > allowed:
         raise refusal
-    return f"{described['dtype']} then, {str(weight.dtype).removeprefix('torch.')} now"
+    return None if same and weight.quantization else f"{then} then, {weight.stored} now"
 
 
-def check_bases(described: Sequence[Mapping[str, Any]], weights: Sequence[Tensor], stacklevel: int = 3) -> None:
-    """Raise AdapterError unless each weight is that of its module's description; warn of those in another dtype."""
+def check_bases(described: Sequence[Mapping[str, Any]], bases: Sequence[Base], stacklevel: int = 3) -> None:
+    """Raise AdapterError unless each base is that of its module's description; warn of those in another dtype.
+
+    Args:
+        described: the modules' entries in the file.
+        bases: for each its weight [d, k], or its base layer, which may be quantised.
+        stacklevel: of the warning.
+    """
     with ThreadPoolExecutor(max(1, torch.get_num_threads())) as pool:  # hashing leaves the interpreter's lock
-        differences = [d for d in pool.map(_check_base, described, weights) if d is not None]
+        differences = [d for d in pool.map(_check_base, described, bases) if d is not None]
     if differences:
         warnings.warn(
             f"{len(differences)} base weights were rounded to another dtype since the adapter was saved "

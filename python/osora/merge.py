@@ -6,21 +6,27 @@ from torch import nn
 from osora.patch import adapted_layers, merge_layers, state_of
 
 
-def merge(model: nn.Module) -> nn.Module:
+def merge(model: nn.Module, *, requantize: bool = False) -> nn.Module:
     """Put ``W0 + D Vᵀ``, summed in float32 and rounded once, in every adapted layer: forward costs what the base does.
 
     Of several adapters it is the active one, in the layers that it is in.
     The base weights are kept beside the merged ones (one more copy of the adapted weights) for :func:`unmerge`.
     If one layer cannot be merged, none is.
 
+    Args:
+        model: a model with an adapter.
+        requantize: quantise the sum as a quantised base weight is (docs/quantised.md, "Merging"). Most of what an
+            adapter changes is smaller than a step of four bits, so without this such a base is refused.
+
     Returns:
         ``model`` itself.
 
     Raises:
-        ValueError: no adapter, merged already, or a merged weight would be NaN or infinite, naming the layer.
+        ValueError: no adapter, merged already, a quantised base weight without ``requantize``, or a merged weight would
+            be NaN or infinite, naming the layer.
     """
     state_of(model)
-    merge_layers(adapted_layers(model))
+    merge_layers(adapted_layers(model), requantize)
     return model
 
 

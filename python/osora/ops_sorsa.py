@@ -176,7 +176,8 @@ def sorsa_linear(
         x: input [..., k].
         weight: frozen base weight [d, k] in any strides, or None for the adapter's branch alone.
         bias: [d] or None.
-        U0: left singular vectors at the start [d, r], in x's dtype.
+        U0: left singular vectors at the start [d, r], in x's dtype; without a weight, with V0, in any of at most 32
+            bits.
         S0: singular values at the start [r], float32 (float64 for float64 x).
         V0: right singular vectors at the start [k, r], in x's dtype.
         u: change of the left vectors [d, r], float32 (float64); 16-bit is accepted.
@@ -190,11 +191,12 @@ def sorsa_linear(
         RuntimeError: wrong shape, dtype or device, naming the argument; a frozen tensor requires a gradient; double
             backward.
     """
-    x, bias, autocast = ops._autocast(x, bias)
+    x, bias, cast = ops._autocast(x, bias)
+    cast = cast or (weight is None and ops._another_dtype(x, U0, V0))
     inputs = (x, weight, bias, U0, S0, V0, u, s, v)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs):
-        return _SorsaLinear.apply(autocast, *inputs)
-    return _ops.sorsa_linear(*(_cast_frozen(inputs) if autocast else inputs))[0]
+        return _SorsaLinear.apply(cast, *inputs)
+    return _ops.sorsa_linear(*(_cast_frozen(inputs) if cast else inputs))[0]
 
 
 def sorsa_triplets(

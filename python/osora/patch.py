@@ -11,11 +11,13 @@ from dataclasses import dataclass, field, replace
 
 from torch import Tensor, nn
 
-from osora.adapted import DEFAULT, AdaptedLinear, oriented_weight
+from osora.adapted import DEFAULT, AdaptedLinear
+from osora.bases import base_weight, dense_weight, is_quantised, oriented_weight
 from osora.config import AdapterConfig, OsoraConfig, SorsaConfig
 from osora.factors import Decomposition, Unconverged, check_matrix, check_max_memory, decompose, svd_plan
 from osora.formulas import formula_of
 from osora.layers import make_layer
+from osora.quantised import allow_packing, keep_order
 from osora.regularizer import Penalty
 from osora.spectrum import captured_energy, rank_for_energy
 from osora.targets import Target, find_targets
@@ -51,6 +53,7 @@ class State:
     required_grad: dict[str, bool]  # parameter name in the model as it came -> requires_grad
     active: str
     adapters: dict[str, AdapterState]  # in the order they came
+    in_order: list[nn.Module] = field(default_factory=list)  # quantised layers that may be packed when it is detached
 
     @property
     def current(self) -> AdapterState:
@@ -116,17 +119,17 @@ def batches(targets: list[Target]) -> Iterator[list[Target]]:
     """Targets of one shape, rank, dtype and device together, in batches of bounded size."""
     groups: dict[tuple, list[Target]] = defaultdict(list)
     for target in targets:
-        weight = oriented_weight(target.module)
-        groups[(*weight.shape, target.rank, weight.dtype, weight.device)].append(target)
+        weight = base_weight(target.module)
+        groups[(*weight.shape, target.rank, weight.stored, weight.device)].append(target)
     for group in groups.values():
-        size = max(1, _BATCH_ENTRIES // oriented_weight(group[0].module).numel())
+        size = max(1, _BATCH_ENTRIES // base_weight(group[0].module).numel)
         for begin in range(0, len(group), size):
             yield group[begin : begin + size]
 
 
 def _check_fits(target: Target, max_memory: int) -> None:
-    weight = oriented_weight(target.module)
-    plan = svd_plan(weight.shape, target.rank, weight.dtype, weight.device)
+    weight = base_weight(target.module)
+    plan = svd_plan(weight.shape, target.rank, weight.stored, weight.device)
     if plan.bytes > max_memory:
         raise ValueError(
             f"{target.name}.weight {list(weight.shape)} takes {plan.bytes} bytes to decompose at rank {target.rank}, "
@@ -147,7 +150,8 @@ def decompose_targets(
 
     check_max_memory(max_memory)
     for target in targets:  # all of them before any work
-        check_matrix(oriented_weight(target.module), f"{target.name}.weight")
+        if not is_quantised(target.module):
+            check_matrix(oriented_weight(target.module), f"{target.name}.weight")
         if max_memory is not None:
             _check_fits(target, max_memory)
     columns = (TextColumn("[bold]{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
@@ -157,7 +161,7 @@ def decompose_targets(
         task = bar.add_task("decomposing", total=len(targets))
         for batch in batches(targets):
             found = decompose(
-                [oriented_weight(target.module) for target in batch],
+                [dense_weight(target.module) for target in batch],  # of quantised ones copies, which go with the batch
                 batch[0].rank,
                 names=[target.name for target in batch],
                 labels=[f"{target.name}.weight" for target in batch],
@@ -201,7 +205,7 @@ def install(model: nn.Module, layers: Layers, name: str, adapter: AdapterState) 
         parameter.requires_grad_(False)
     for target, layer in layers:
         _replace(model, target.names, layer)
-    setattr(model, _STATE, State(required_grad, name, {name: adapter}))
+    setattr(model, _STATE, State(required_grad, name, {name: adapter}, keep_order(model)))
     adapter.begin(model, name)
 
 
@@ -289,12 +293,12 @@ def attach(
     return model
 
 
-def merge_layers(layers: Mapping[str, AdaptedLinear]) -> None:
+def merge_layers(layers: Mapping[str, AdaptedLinear], requantize: bool = False) -> None:
     """Merge all of them or, if one cannot be, none."""
     done: list[AdaptedLinear] = []
     for name, layer in layers.items():
         try:
-            layer.merge()
+            layer.merge(requantize)
         except ValueError as error:
             for earlier in done:
                 earlier.unmerge()
@@ -308,7 +312,7 @@ def detach(model: nn.Module, *, merged: bool = False) -> nn.Module:
     Args:
         model: a model with an adapter, merged or not.
         merged: leave the active adapter's merged weights in place of the base weights, as a plain model to save or
-            serve.
+            serve. Quantised ones are merged first, by ``osora.merge(model, requantize=True)``.
 
     Returns:
         ``model`` itself.
@@ -322,6 +326,7 @@ def detach(model: nn.Module, *, merged: bool = False) -> nn.Module:
             if layer.merged:
                 layer.unmerge()
     unwrap(model, osora_layers(model).values())
+    allow_packing(state.in_order)
     delattr(model, _STATE)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(state.required_grad.get(name, parameter.requires_grad))

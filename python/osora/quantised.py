@@ -7,6 +7,7 @@ four-bit codes may lie in a tensor that says it is float32.
 
 import copy
 import hashlib
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -64,6 +65,9 @@ class Kind(Protocol):
 
     def replace(self, module: nn.Module, weight: Tensor) -> Kept:
         """Put ``weight`` [out_features, in_features] in, quantised as the layer's own; hand over what was there."""
+
+    def check_gradient(self, module: nn.Module) -> None:
+        """Raise RuntimeError where the layer, as it is now, would give its x a wrong gradient."""
 
 
 def _hash(label: str, *tensors: Tensor) -> str:
@@ -174,6 +178,15 @@ class Bnb4bit:
         module.weight, module.quant_state = new, new.quant_state
         return kept
 
+    def check_gradient(self, module: Any) -> None:
+        """Raise RuntimeError for the order of codes that has a product without a derivative."""
+        if getattr(self._state(module), "packing_format_for_cpu", False):
+            raise RuntimeError(
+                "bitsandbytes has packed this 4-bit weight for inference on a CPU, in a forward in eval mode before "
+                "the adapter came, and gives no gradient through it: load the base model again and attach the adapter "
+                "before the first forward"
+            )
+
 
 class Bnb8bit:
     """``bitsandbytes.nn.Linear8bitLt``: int8 codes, with a scale for each row.
@@ -247,16 +260,38 @@ class Bnb8bit:
         module.state = state
         return kept
 
+    def check_gradient(self, module: Any) -> None:
+        """Nothing to refuse."""
+
 
 _KINDS: dict[str, Kind] = {"Linear4bit": Bnb4bit(), "Linear8bitLt": Bnb8bit()}
 
 
-def kind_of(module: nn.Module) -> Kind | None:
+_known: dict[type, Kind | None] = {}  # asked in each forward
+
+
+def _kind_of_class(layer: type) -> Kind | None:
+    if layer not in _known:
+        names = (c.__name__ for c in layer.__mro__ if c.__module__.startswith("bitsandbytes.") and c.__name__ in _KINDS)
+        name = next(names, None)
+        _known[layer] = None if name is None else _KINDS[name]
+    return _known[layer]
+
+
+def kind_of(module: Any) -> Kind | None:
     """How a layer's weight is quantised; None for one that is not, or not in a way known here."""
-    for ancestor in type(module).__mro__:
-        if ancestor.__module__.startswith("bitsandbytes.") and ancestor.__name__ in _KINDS:
-            return _KINDS[ancestor.__name__]
-    return None
+    return module.kind if isinstance(module, AsItWas) else _kind_of_class(type(module))
+
+
+class AsItWas:
+    """A layer whose weight was replaced, as it was before: for whoever reads its weight."""
+
+    def __init__(self, module: nn.Module, kept: Kept) -> None:
+        """Nothing is copied."""
+        self.kind, self.of = kind_of(module), type(module)
+        self.weight, self.bias = kept.weight, module.bias
+        for name, value in kept.state.items():
+            setattr(self, name, value)
 
 
 def restore(module: nn.Module, kept: Kept) -> None:
@@ -264,6 +299,26 @@ def restore(module: nn.Module, kept: Kept) -> None:
     module.weight = kept.weight
     for name, value in kept.state.items():
         setattr(module, name, value)
+
+
+_PACKS = "support_avx512bf16_for_cpu"  # of Linear4bit: whether an eval forward on the CPU may pack its codes anew
+
+
+def keep_order(model: nn.Module) -> list[nn.Module]:
+    """Keep bitsandbytes from packing 4-bit weights for inference on a CPU; gives the layers that might have been.
+
+    A packed weight has rounded scales and no derivative, so that after the first evaluation training would go wrong.
+    """
+    layers = [module for module in model.modules() if kind_of(module) is not None and getattr(module, _PACKS, False)]
+    for layer in layers:
+        setattr(layer, _PACKS, False)
+    return layers
+
+
+def allow_packing(layers: Iterable[nn.Module]) -> None:
+    """Undo :func:`keep_order`."""
+    for layer in layers:
+        setattr(layer, _PACKS, True)
 
 
 def unsupported(module: nn.Module) -> str | None:

@@ -7,6 +7,7 @@ from typing import Any
 from torch import nn
 
 from osora.patch import _STATE, osora_layers, state_of
+from osora.quantised import keep_order
 
 
 def share_base(model: nn.Module) -> nn.Module:
@@ -37,15 +38,14 @@ def share_base(model: nn.Module) -> nn.Module:
                 continue
             # a parameter of its own for each model, on the same memory; but bitsandbytes' hold more than their memory
             plain = type(parameter) is nn.Parameter
-            shared[id(parameter)] = (
-                nn.Parameter(parameter.detach(), parameter.requires_grad) if plain else parameter
-            )
+            shared[id(parameter)] = nn.Parameter(parameter.detach(), parameter.requires_grad) if plain else parameter
         for name in ("quant_state", "state"):  # of bitsandbytes' layers; the weights' scales are in there
             state = module.__dict__.get(name)
             if type(state).__module__.startswith("bitsandbytes."):
                 shared[id(state)] = state
     for layer in layers.values():
         shared[id(layer)] = copy.deepcopy(layer.base_layer, shared)
+    keep_order(model)  # for good: packed by one, the weights would have no derivative in the other
     other = copy.deepcopy(model, shared)
     if layers:
         required = state_of(model).required_grad

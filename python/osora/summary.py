@@ -7,7 +7,9 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from osora.bases import base_weight, is_quantised
 from osora.patch import adapted_layers, osora_layers, state_of
+from osora.targets import base_modules
 
 _NOTES_SHOWN = 8
 
@@ -78,7 +80,11 @@ class Summary:
 def _base_numbers(model: nn.Module) -> int:
     layers = osora_layers(model).values()
     own = {id(t) for layer in layers for name in layer.adapters() for t in layer.deltas(name)}
-    return sum(p.numel() for p in model.parameters() if id(p) not in own)
+    numbers = sum(p.numel() for p in model.parameters() if id(p) not in own)
+    for module in {id(module): module for _, module in base_modules(model)}.values():
+        if is_quantised(module):  # what its codes stand for, and not the bytes that they take
+            numbers += base_weight(module).numel - module.weight.numel()  # type: ignore[operator,union-attr]
+    return numbers
 
 
 def summary(model: nn.Module) -> Summary:

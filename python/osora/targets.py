@@ -8,8 +8,10 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from osora.adapted import AdaptedLinear, is_conv1d, oriented_weight
+from osora.adapted import AdaptedLinear
+from osora.bases import base_weight, is_conv1d
 from osora.config import ALL_LINEAR, AdapterConfig
+from osora.quantised import kind_of, refuse_unsupported, unsupported
 
 
 @dataclass(frozen=True)
@@ -39,7 +41,7 @@ def _layer_index(name: str) -> int | None:
 
 
 def _is_linear(module: nn.Module) -> bool:
-    return type(module) is nn.Linear or is_conv1d(module)
+    return type(module) is nn.Linear or is_conv1d(module) or kind_of(module) is not None
 
 
 def _output_head(model: nn.Module) -> nn.Module | None:
@@ -49,13 +51,20 @@ def _output_head(model: nn.Module) -> nn.Module | None:
 
 
 def check_is_linear(name: str, module: nn.Module) -> None:
-    """Raise for an explicitly named module whose forward is not that of a plain linear layer."""
+    """Raise for a module whose forward is not that of a linear layer, or whose weight cannot be read."""
+    refuse_unsupported(name, module)
+    if (kind := kind_of(module)) is not None:
+        try:
+            kind.check(module)
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from error
     if _is_linear(module):
         return
-    kind = f"{type(module).__module__}.{type(module).__qualname__}"
+    class_name = f"{type(module).__module__}.{type(module).__qualname__}"
     raise ValueError(
-        f"target {name} is a {kind}; osora adapts torch.nn.Linear and transformers' Conv1D: name other modules in "
-        "target_modules, or leave this one out with exclude_modules"
+        f"target {name} is a {class_name}; osora adapts torch.nn.Linear, transformers' Conv1D and "
+        "bitsandbytes' quantised linears: name other modules in target_modules, or leave this one out with "
+        "exclude_modules"
     )
 
 
@@ -99,8 +108,9 @@ def find_targets(model: nn.Module, config: AdapterConfig) -> list[Target]:
     """The layers ``config`` names, in the model's order; of one that has an adapter already, the base layer.
 
     Raises:
-        ValueError: nothing matches; a match is no plain linear layer; its weight is tied to another module; a
+        ValueError: nothing matches; a match is no linear layer; its weight is tied to another module; a
             ``rank_pattern`` matches nothing.
+        TypeError: a match is quantised in a way that cannot be read.
     """
     names_of: dict[int, list[str]] = defaultdict(list)
     modules: dict[int, nn.Module] = {}
@@ -115,7 +125,8 @@ def find_targets(model: nn.Module, config: AdapterConfig) -> list[Target]:
     for key, names in names_of.items():
         module, name = modules[key], names[0]
         if everything:
-            wanted = _is_linear(module) and module is not head and key not in bypassed
+            is_linear = _is_linear(module) or unsupported(module) is not None  # which is not left out in silence
+            wanted = is_linear and module is not head and key not in bypassed
         else:
             wanted = any(name_matches(n, config.target_modules) for n in names)
         if not wanted or not name:
@@ -131,7 +142,7 @@ def find_targets(model: nn.Module, config: AdapterConfig) -> list[Target]:
                 "without calling it: an adapter would be ignored; exclude_modules leaves it out"
             )
         check_not_tied(name, module, holders)
-        asked, most = config.rank_for(name), min(oriented_weight(module).shape)
+        asked, most = config.rank_for(name), min(base_weight(module).shape)
         note = f"rank {asked} clipped to {most}" if asked > most else ""
         targets.append(Target(tuple(names), module, min(asked, most), note))
     if not targets:

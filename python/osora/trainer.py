@@ -68,9 +68,9 @@ def restore_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> nn.Modu
 class AdapterTraining:
     """For a trainer's class, before transformers' own: its checkpoints, and what ``save_model`` writes, are adapters.
 
-    ``class AdapterSFTTrainer(AdapterTraining, SFTTrainer): ...``; :class:`Trainer` is that of transformers. The model is
-    one with an adapter (:func:`osora.attach`); with another one nothing changes. What is saved is the active adapter,
-    with its basis unless ``save_basis`` is set to False on the class or the trainer.
+    ``class AdapterSFTTrainer(AdapterTraining, SFTTrainer): ...``; :class:`Trainer` is that of transformers. With a
+    model that has an adapter (:func:`osora.attach`) what is saved is the active one, with its basis unless
+    ``save_basis`` is set to False on the class or the trainer. With another model nothing changes.
     """
 
     save_basis: bool = True
