@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 from helpers import VOCABULARY, tiny_llama, token_ids
+from quantise import quantised_llama
 
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
@@ -24,7 +25,9 @@ RUN = {
     ROOT / "docs/merge.md": 2,
     ROOT / "docs/analysis.md": 4,
     ROOT / "docs/sorsa.md": 3,
+    ROOT / "docs/quantised.md": 3,
 }  # document -> how many blocks it shows at least
+NEEDS = {"quantised.md": ["bitsandbytes"]}  # packages beyond those that every test has
 DOCUMENTS = [README, ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").rglob("*.md"))]
 BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$|^<!-- python\n(.*?)^-->$", flags=re.MULTILINE | re.DOTALL)
 every_document = pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
@@ -65,7 +68,14 @@ def test_the_python_of_a_document_runs(document, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     found = list(blocks(document, "python"))
     assert text_of(document).count("```python") >= RUN[document]
-    names = {"tiny_llama": tiny_llama, "token_ids": token_ids, "VOCABULARY": VOCABULARY}
+    for package in NEEDS.get(document.name, ()):
+        pytest.importorskip(package, reason=f"{package} is not installed")
+    names = {
+        "tiny_llama": tiny_llama,
+        "quantised_llama": quantised_llama,
+        "token_ids": token_ids,
+        "VOCABULARY": VOCABULARY,
+    }
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)  # peft is told

@@ -47,13 +47,13 @@ def adapted_linear(
         deltas: the adapter's tensors, in the order of ``formula.kinds``.
         dropout: probability for the entries of the branch's x, 0 where the layer is not training.
     """
-    hooked = has_hooks(base)
-    if hooked or dropout > 0 or is_quantised(base):
-        if x.requires_grad and (kind := kind_of(base)) is not None:
+    hooked, kind = has_hooks(base), kind_of(base)
+    if hooked or dropout > 0 or kind is not None:
+        if kind is not None and x.requires_grad:
             kind.check_gradient(base)
         branch, y = nn.functional.dropout(x, dropout) if dropout > 0 else x, base(x)
         # hooks may keep y; autograd lets nobody write to a view that a function of Python's gave, as bitsandbytes' do
-        if hooked or _has_global_hooks() or y._is_view():
+        if hooked or _has_global_hooks() or (kind is not None and y._is_view()):
             return y + formula.linear(branch, None, None, basis, deltas)
         return formula.add_(y, branch, basis, deltas)
     return formula.linear(x, oriented_weight(base), base.bias, basis, deltas)  # type: ignore[arg-type]
