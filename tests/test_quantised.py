@@ -490,3 +490,15 @@ def test_an_adapter_goes_with_the_dequantised_base_and_merges_there(kind, tmp_pa
         logits(twin, ids), want, rtol=1e-3, atol=1e-3
     )  # another order of sums, and through 2 layers
     torch.testing.assert_close(logits(osora.merge(twin), ids), want, rtol=1e-3, atol=1e-3)
+
+
+@every_kind
+def test_the_analysis_reads_the_weights_behind_the_codes(kind):
+    from osora.weights import _of_model
+
+    model = trained(kind)
+    for adapter in (False, True):
+        found = {name: get() for name, get in _of_model(model, adapter).items()}
+        for name, layer in adapted_layers(model).items():
+            want = dense_weight(layer.base_layer) + (layer.delta_weight() if adapter else 0)
+            assert torch.equal(found[name], want)

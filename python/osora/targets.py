@@ -62,8 +62,8 @@ def check_is_linear(name: str, module: nn.Module) -> None:
         return
     class_name = f"{type(module).__module__}.{type(module).__qualname__}"
     raise ValueError(
-        f"target {name} is a {class_name}; osora adapts torch.nn.Linear, transformers' Conv1D and "
-        "bitsandbytes' quantised linears: name other modules in target_modules, or leave this one out with "
+        f"target {name} is a {class_name}; osora adapts torch.nn.Linear and transformers' Conv1D, "
+        "and bitsandbytes' quantised linears: name other modules in target_modules, or leave this one out with "
         "exclude_modules"
     )
 

@@ -10,7 +10,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from osora.layers import AdaptedLinear, is_conv1d, oriented_weight
+from osora.bases import dense_weight, is_conv1d
+from osora.layers import AdaptedLinear
+from osora.quantised import refuse_unsupported
 
 Source = nn.Module | Mapping[str, Tensor] | str | Path
 """A model, with an adapter or without; tensors by name, as of ``state_dict()``; or the folder of a saved model."""
@@ -77,7 +79,7 @@ def _of_model(model: nn.Module, adapter: bool) -> dict[str, Callable[[], Tensor]
             inside.update(module.modules())
             found[module_name(name)] = _adapted(name, module, adapter)
         elif module not in inside and _is_linear(module):
-            found[module_name(name)] = _plain(module)
+            found[module_name(name)] = _plain(name, module)
     return found
 
 
@@ -85,8 +87,12 @@ def _is_linear(module: nn.Module) -> bool:
     return isinstance(module, nn.Linear) or is_conv1d(module)
 
 
-def _plain(module: nn.Module) -> Callable[[], Tensor]:
-    return lambda: oriented_weight(module).detach()
+def _plain(name: str, module: nn.Module) -> Callable[[], Tensor]:
+    def get() -> Tensor:
+        refuse_unsupported(name, module)
+        return dense_weight(module).detach()
+
+    return get
 
 
 def _adapted(name: str, module: Any, adapter: bool) -> Callable[[], Tensor]:
@@ -95,11 +101,11 @@ def _adapted(name: str, module: Any, adapter: bool) -> Callable[[], Tensor]:
     def get() -> Tensor:
         if isinstance(module, AdaptedLinear):
             if not adapter or not module.enabled or module.adapter is None:
-                return module.kept_weight().detach() if module.merged else oriented_weight(module.base_layer).detach()
+                return module.kept_weight().detach() if module.merged else dense_weight(module.base_layer).detach()
             if module.merged:
-                return oriented_weight(module.base_layer).detach()
+                return dense_weight(module.base_layer).detach()
             delta = module.delta_weight()
-            return oriented_weight(module.base_layer).detach().to(delta.dtype) + delta
+            return dense_weight(module.base_layer).detach().to(delta.dtype) + delta
         return _of_peft(name, module, adapter)
 
     return get
@@ -111,16 +117,16 @@ def _of_peft(name: str, module: Any, adapter: bool) -> Tensor:
         raise ValueError(f"{name} has a DoRA adapter, which is no sum: merge it, and give the merged model")
     if not hasattr(module, "get_delta_weight"):
         raise TypeError(f"{name} is a {type(module).__qualname__}, which has no get_delta_weight: give a merged model")
-    weight = module.base_layer.weight.detach()
     active = [each for each in module.active_adapters if each in module._get_available_adapters()]
     if module.merged and not adapter:
         raise ValueError(f"{name}: the adapter is merged into the base weight: unmerge it first")
     if module.merged or not adapter or module.disable_adapters or not active:
-        return oriented_weight(module.base_layer).detach()
+        return dense_weight(module.base_layer).detach()
     deltas = [module.get_delta_weight(each) for each in active]
+    weight = dense_weight(module.base_layer).detach()
     weight = weight.to(torch.promote_types(weight.dtype, torch.float32))
-    total = sum((delta.to(weight.dtype) for delta in deltas), weight)
-    return total.t() if is_conv1d(module.base_layer) else total
+    oriented = [delta.t() if is_conv1d(module.base_layer) else delta for delta in deltas]
+    return sum((delta.to(weight.dtype) for delta in oriented), weight)
 
 
 # -- files -------------------------------------------------------------------------------------------------------------
