@@ -46,6 +46,8 @@ def share_base(model: nn.Module) -> nn.Module:
     for layer in layers.values():
         shared[id(layer)] = copy.deepcopy(layer.base_layer, shared)
     keep_order(model)  # for good: packed by one, the weights would have no derivative in the other
+    if layers:
+        shared[id(state_of(model))] = None
     other = copy.deepcopy(model, shared)
     if layers:
         required = state_of(model).required_grad
