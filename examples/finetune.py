@@ -36,7 +36,6 @@ from evaluate import Job, basis_bytes, bytes_in, check, checksums, held_out_loss
 from report import Phases, console, plot_losses, show_report, show_sample, whole, write_json
 
 import osora
-from osora.layers import OsoraLinear
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 DESCRIPTION = """\
@@ -172,22 +171,13 @@ def attach(job: Job, arguments: argparse.Namespace) -> None:
         raise Stop(str(error)) from error
 
 
-def parameter_groups(model: torch.nn.Module, lr: float) -> list[dict[str, Any]]:
-    """Groups for Adam, which moves every number by about its group's rate.
-
-    A scale is 1 + o, so o takes lr as it is. s is added to singular values of any size, so its rate is lr times the
-    layer's mean singular value.
-    """
-    layers = [module for module in model.modules() if isinstance(module, OsoraLinear)]
-    scales = {"params": [layer.o for layer in layers], "lr": lr}
-    return [scales, *({"params": [layer.s], "lr": lr * layer.S0.mean().item()} for layer in layers)]
-
-
 def train(job: Job, arguments: argparse.Namespace, loss_before: float) -> dict[str, list[Any]]:
     """The training loop: loss and seconds of each step, and (step, loss) of the held-out rows."""
     steps = arguments.steps
     warm_up = max(1, steps // 12)
-    optimizer = torch.optim.AdamW(parameter_groups(job.model, arguments.lr), betas=(0.9, 0.95), weight_decay=0.0)
+    # A scale is 1 + o, so o takes lr as it is; s is added to singular values of any size.
+    groups = osora.parameter_groups(job.model, arguments.lr, relative_s=True)
+    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: min((step + 1) / warm_up, 0.5 + 0.5 * math.cos(math.pi * step / steps))
     )

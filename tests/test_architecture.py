@@ -17,7 +17,7 @@ LAYERS = [
     {"_C", "files"},
     {"_load"},
     {"ops"},
-    {"ops_sorsa", "ops_effective"},
+    {"ops_ablations", "ops_sorsa", "ops_effective"},
     {"factors", "spectrum", "config", "fingerprint", "adapter_file", "formulas", "rows", "materialised"}
     | {"quantised", "bases"},
     {"adapted", "layers", "evidence", "targets", "regularizer", "stream", "schedule"},

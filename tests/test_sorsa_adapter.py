@@ -103,7 +103,9 @@ def test_dropout_acts_on_the_branch_while_training():
 
 def test_the_materialised_plan_is_refused():
     model = osora.attach(tiny_llama(), config())
-    with pytest.raises(ValueError, match=r"q_proj: the materialised plan is for OSoRA .* 'default' is SorsaFormula"):
+    with pytest.raises(
+        ValueError, match=r"q_proj: the materialised plan is for OSoRA with O from 1 .* 'default' is SorsaFormula"
+    ):
         osora.set_execution(model, "materialised")
     assert {layer.execution for layer in adapted_layers(model).values()} == {"split"}
 

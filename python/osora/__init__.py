@@ -26,7 +26,7 @@ from osora.saved import AdapterInfo, SavedModule, adapter_info
 from osora.sharing import share_base
 from osora.spectrum import Spectrum, rank_for_energy, spectrum
 from osora.summary import Summary, summary
-from osora.training import orthonormality
+from osora.training import orthonormality, parameter_groups
 
 build_info = _C.build_info
 __version__ = build_info()["version"]
@@ -65,6 +65,7 @@ __all__ = [
     "merge",
     "merge_saved",
     "orthonormality",
+    "parameter_groups",
     "plot_changes",
     "plot_spectra",
     "rank_for_energy",

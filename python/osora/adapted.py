@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from osora import ops_effective, reference
 from osora.bases import base_weight, dense_weight, is_conv1d, is_quantised, oriented_weight
 from osora.factors import Decomposition
-from osora.formulas import Basis, Deltas, Formula, OsoraFormula, leading
+from osora.formulas import Basis, Deltas, Formula, leading
 from osora.materialised import Materialised
 from osora.quantised import AsItWas, Kept, kind_of, restore
 from osora.rows import RowAdapters
@@ -266,14 +266,14 @@ class AdaptedLinear(nn.Module):
             raise ValueError("the materialised plan needs a base that is not quantised: leave it on the split plan")
         if plan == "materialised" and self.adapter is not None and not self._can_materialise():
             raise ValueError(
-                f"the materialised plan is for OSoRA with O on the output side, and {self.adapter!r} is "
+                f"the materialised plan is for OSoRA with O from 1 on the output side, and {self.adapter!r} is "
                 f"{self.formula(self.adapter)}: leave it on the split plan"
             )
         self._materialised = self._watch(plan)
         self._plan = plan
 
     def _can_materialise(self) -> bool:
-        return self.adapter is not None and self.formula(self.adapter) == OsoraFormula()
+        return self.adapter is not None and self.formula(self.adapter).standard
 
     def _watch(self, plan: str) -> Materialised | None:
         if plan == "split" or not self._can_materialise():

@@ -68,8 +68,10 @@ BASIS = ("U", "V")
 _SHAPES = {"o": "d", "s": "r", "u": "dr", "v": "kr", "S0": "r", "U": "dr", "V": "kr"}
 
 
-def shape_of(kind: str, d: int, k: int, r: int) -> tuple[int, ...]:
-    """The shape of a tensor for a weight [d, k] at rank r."""
+def shape_of(kind: str, d: int, k: int, r: int, on_input: bool = False) -> tuple[int, ...]:
+    """The shape of a tensor for a weight [d, k] at rank r; o is [k] where O is on the input side."""
+    if kind == "o" and on_input:
+        return (k,)
     sizes = {"d": d, "k": k, "r": r}
     return tuple(sizes[letter] for letter in _SHAPES[kind])
 
@@ -110,8 +112,11 @@ class Description:
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Every tensor of the method and its shape, by its name in the file."""
+        on_input = self.options.get("side") == "input"
         return {
-            self.method.key(name, kind): shape_of(kind, item["out_features"], item["in_features"], item["rank"])
+            self.method.key(name, kind): shape_of(
+                kind, item["out_features"], item["in_features"], item["rank"], on_input
+            )
             for name, item in self.modules.items()
             for kind in self.kinds
         }

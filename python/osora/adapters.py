@@ -15,7 +15,7 @@ from osora.adapted import AdaptedLinear
 from osora.bases import dense_weight
 from osora.config import AdapterConfig
 from osora.factors import Unconverged
-from osora.formulas import OsoraFormula, formula_of
+from osora.formulas import formula_of
 from osora.layers import make_layer
 from osora.patch import (
     AdapterState,
@@ -222,7 +222,7 @@ class _Tables:
         trainable = any(p.requires_grad for each in deltas for p in each)
         common = len(self.names), dropout, trainable
         device = layer.U.device
-        if any(layer.formula(name) != OsoraFormula() for name in here):
+        if any(not layer.formula(name).standard for name in here):
             rows = [[i for i, row in enumerate(self.names) if row == name] for name in here]
             each = [
                 OneAdapter(layer.formula(name), [t.detach().clone() for t in own], self._integers(where, device))

@@ -45,6 +45,11 @@ def _checked_float(where: str, value: Any) -> float:
     return float(value)
 
 
+def _check_one_of(where: str, value: Any, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise ValueError(f"{where} must be one of {', '.join(allowed)}, got {value!r}")
+
+
 @dataclass(frozen=True)
 class AdapterConfig:
     """What the configs of all methods have: which linear layers are adapted, and at which rank.
@@ -162,11 +167,32 @@ class OsoraConfig(AdapterConfig):
             then the most that a module may take: it keeps the fewest leading triplets that hold this share. Where even
             ``r`` of them hold less, it keeps ``r``, with a note in the summary.
 
+        train: "both", or "o" or "s" alone. The other one stays as it is at the start, and is no trainable parameter.
+        side: "output", O scales the rows of the weight's top part; or "input", it scales its columns, and o is
+            [in_features].
+        initial_o: a number that O starts at, or "ones". The start is the base model whatever it is (docs/ablations.md).
+
     Raises:
         TypeError, ValueError: a value of the wrong type or out of range, naming it.
     """
 
     method: ClassVar[str] = "osora"
+
+    train: str = "both"
+    side: str = "output"
+    initial_o: float | str = 1.0
+
+    def __post_init__(self) -> None:
+        """Check the fields of its own as well."""
+        super().__post_init__()
+        _check_one_of("train", self.train, ("both", "o", "s"))
+        _check_one_of("side", self.side, ("output", "input"))
+        value = 1.0 if self.initial_o == "ones" else self.initial_o
+        if isinstance(value, str):
+            raise ValueError(f'initial_o must be a number or "ones", got {value!r}')
+        object.__setattr__(self, "initial_o", _checked_float("initial_o", value))
+        if self.initial_o == 0 and self.train == "s":
+            raise ValueError('initial_o=0 with train="s" trains nothing: O is 0 and stays 0')
 
 
 @dataclass(frozen=True)
@@ -216,8 +242,7 @@ class SorsaConfig(AdapterConfig):
         object.__setattr__(self, "gamma", _checked_float("gamma", self.gamma))
         if self.gamma < 0:
             raise ValueError(f"gamma must not be negative, got {self.gamma}")
-        if self.regularizer not in REGULARIZERS:
-            raise ValueError(f"regularizer must be one of {', '.join(REGULARIZERS)}, got {self.regularizer!r}")
+        _check_one_of("regularizer", self.regularizer, REGULARIZERS)
 
 
 METHODS: dict[str, type[AdapterConfig]] = {kind.method: kind for kind in (OsoraConfig, SorsaConfig)}

@@ -13,7 +13,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from osora import ops, ops_sorsa
+from osora import ops, ops_ablations, ops_sorsa
 from osora.config import AdapterConfig, OsoraConfig, SorsaConfig
 
 Basis = tuple[Tensor, Tensor, Tensor]
@@ -47,6 +47,11 @@ class Formula(ABC):
         """The kinds that are trained; the others stay as they are."""
         return self.kinds
 
+    @property
+    def standard(self) -> bool:
+        """Whether it is the paper's OSoRA, which a batch of many and the materialised plan have operators for."""
+        return False
+
     def penalised(self, basis: Basis, deltas: Deltas) -> list[tuple[Tensor, Tensor]]:
         """Factors to be kept orthonormal: each one's trained change and its start, both [m, r]."""
         return []
@@ -68,29 +73,67 @@ def leading(basis: Basis, rank: int) -> Basis:
 
 @dataclass(frozen=True)
 class OsoraFormula(Formula):
-    """``ΔW = D Vᵀ`` with ``D = U ⊙ (o (S0 + s) + s)``; deltas o [d] and s [r]."""
+    """``ΔW = D Vᵀ`` with ``D = U ⊙ (o (S0 + s) + c s)``; deltas o [d] and s [r].
 
+    On the input side U and V change roles: ``ΔW = U Eᵀ``, ``E = V ⊙ (o (S0 + s) + c s)``, o [k].
+
+    Args:
+        train: "both", or "o" or "s" alone.
+        side: "output" or "input", of O.
+        initial_o: c, what O starts at. 1 is the paper's.
+    """
+
+    train: str = "both"
+    side: str = "output"
+    initial_o: float = 1.0
     kinds: ClassVar[tuple[str, ...]] = ("o", "s")
 
+    @property
+    def trained(self) -> tuple[str, ...]:
+        """O, s, or both."""
+        return self.kinds if self.train == "both" else (self.train,)
+
+    @property
+    def standard(self) -> bool:
+        """The paper's layer, whatever of it is trained."""
+        return self.side == "output" and self.initial_o == 1
+
+    @property
+    def _fused(self) -> bool:
+        return self.side == "output" and self.initial_o != 0
+
     def shapes(self, d: int, k: int, r: int) -> dict[str, tuple[int, ...]]:
-        """O [d] and s [r]."""
-        return {"o": (d,), "s": (r,)}
+        """O [d], or [k] on the input side, and s [r]."""
+        return {"o": (d if self.side == "output" else k,), "s": (r,)}
+
+    def _as_standard(self, basis: Basis, deltas: Deltas) -> tuple[Tensor, ...]:
+        """U, V, S0, s and o of the same layer with O from 1: O / c beside c S."""
+        (U, V, S0), (o, s) = basis, deltas
+        c = self.initial_o
+        return (U, V, S0, s, o) if c == 1 else (U, V, c * S0, c * s.to(S0.dtype), o.to(S0.dtype) / c)
 
     def linear(self, x: Tensor, weight: Tensor | None, bias: Tensor | None, basis: Basis, deltas: Deltas) -> Tensor:
-        """Osora's operator."""
-        (U, V, S0), (o, s) = basis, deltas
-        return ops.linear(x, weight, bias, U, V, S0, s, o)
+        """Osora's operator, or plain torch where O is on the input side or starts at 0."""
+        if self._fused:
+            return ops.linear(x, weight, bias, *self._as_standard(basis, deltas))
+        o, s = deltas
+        return ops_ablations.linear(x, weight, bias, *basis, s, o, self.initial_o, self.side == "input")
 
     def add_(self, y: Tensor, x: Tensor, basis: Basis, deltas: Deltas) -> Tensor:
-        """In place."""
-        (U, V, S0), (o, s) = basis, deltas
-        return ops.linear_add_(y, x, U, V, S0, s, o)
+        """In place, if the operator serves it."""
+        if self._fused:
+            return ops.linear_add_(y, x, *self._as_standard(basis, deltas))
+        return super().add_(y, x, basis, deltas)
 
     @torch.no_grad()
     def factors(self, basis: Basis, deltas: Deltas) -> tuple[Tensor, Tensor]:
-        """D [d, r] and V [k, r]: rank r."""
+        """D [d, r] and V [k, r]; on the input side U [d, r] and the folded V [k, r]. Rank r."""
         (U, V, S0), (o, s) = basis, deltas
-        return ops.fold(U.to(S0.dtype), S0, s.to(S0), o.to(S0)), V
+        if self.side == "input":
+            return U.to(S0.dtype), ops_ablations.fold_from(V, S0, s, o, self.initial_o)
+        if self.initial_o == 1:
+            return fold_exactly(U, S0, o, s), V
+        return ops_ablations.fold_from(U, S0, s, o, self.initial_o), V
 
 
 @dataclass(frozen=True)
@@ -138,7 +181,7 @@ class SorsaFormula(Formula):
 def formula_of(config: AdapterConfig) -> Formula:
     """The formula of a config's adapters. Raises TypeError for what is no method's config."""
     if isinstance(config, OsoraConfig):
-        return OsoraFormula()
+        return OsoraFormula(config.train, config.side, float(config.initial_o))
     if isinstance(config, SorsaConfig):
         return SorsaFormula(config.alpha)
     raise TypeError(f"config must be an OsoraConfig or a SorsaConfig, got {type(config).__name__}")

@@ -49,7 +49,7 @@ class RowAdapters(ABC):
 
 @dataclass(frozen=True)
 class InOneOperator(RowAdapters):
-    """OSoRA's adapters: a table of them, and one operator for all rows."""
+    """Adapters of the paper's OSoRA: a table of them, and one operator for all rows."""
 
     s: Tensor  # [A, r of the basis], zero beyond an adapter's rank
     o: Tensor  # [A, d]

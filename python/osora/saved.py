@@ -17,7 +17,6 @@ from osora.adapter_file import (
     AdapterError,
     Description,
     read_adapter,
-    shape_of,
 )
 from osora.checkpoint import config_of
 from osora.config import AdapterConfig
@@ -104,10 +103,11 @@ def adapter_info(folder: str | os.PathLike[str]) -> AdapterInfo:
     folder = Path(folder)
     description = read_adapter(folder).description
     config = config_of(description)
-    trained, numbers = formula_of(config).trained, 0
+    formula, numbers = formula_of(config), 0
     for item in description.modules.values():
         sizes = item["out_features"], item["in_features"], item["rank"]
-        numbers += sum(math.prod(shape_of(kind, *sizes)) for kind in trained)
+        shapes = formula.shapes(*sizes)
+        numbers += sum(math.prod(shapes[kind]) for kind in formula.trained)
     return AdapterInfo(
         folder,
         description.method.name,

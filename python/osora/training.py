@@ -1,9 +1,82 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a training loop asks for: groups of parameters with learning rates of their own, and SORSA's penalty."""
 
+import math
+from typing import Any
+
 from torch import Tensor, nn
 
+from osora.patch import adapted_layers, state_of
 from osora.regularizer import penalties_in
+
+
+def parameter_groups(
+    model: nn.Module,
+    lr: float,
+    *,
+    lr_o: float | None = None,
+    lr_s: float | None = None,
+    lr_u: float | None = None,
+    lr_v: float | None = None,
+    weight_decay: float | None = None,
+    relative_s: bool = False,
+) -> list[dict[str, Any]]:
+    """The active adapter's trained parameters in groups with learning rates of their own, for a torch optimiser.
+
+    ``o`` moves scales around 1 and ``s`` singular values of any size, so that one rate hardly suits both
+    (docs/method.md, "Two rates, and one direction too many").
+
+    Args:
+        model: a model with an adapter.
+        lr: the rate of every kind that has none of its own below.
+        lr_o: of o, the change of OSoRA's scales.
+        lr_s: of s, the change of the singular values.
+        lr_u: of u, the change of SORSA's left vectors.
+        lr_v: of v, the change of SORSA's right vectors.
+        weight_decay: of all groups; None leaves it to the optimiser. It pulls towards the pretrained model.
+        relative_s: each layer's s is a group of its own, whose rate is multiplied by the mean of its singular values:
+            Adam, which moves every number by about its rate, then moves those of all layers by the same share.
+
+    Returns:
+        Dicts with "params" and "lr", "weight_decay" if given, and "name": the kind, or with relative_s "s" and the
+        layer's name.
+
+    Raises:
+        ValueError: no adapter; a rate for a kind that the adapter does not train; a negative or infinite number.
+    """
+    active = state_of(model).active
+    layers = adapted_layers(model)
+    formula = next(iter(layers.values())).formula(active)
+    rates = {"o": lr_o, "s": lr_s, "u": lr_u, "v": lr_v}
+    for key, value in {
+        "lr": lr,
+        "weight_decay": weight_decay,
+        **{f"lr_{kind}": r for kind, r in rates.items()},
+    }.items():
+        if value is not None and not (math.isfinite(value) and value >= 0):
+            raise ValueError(f"{key} must be a finite number, at least 0, got {value!r}")
+    for kind, rate in rates.items():
+        if rate is not None and kind not in formula.trained:
+            raise ValueError(
+                f"lr_{kind} is given, but the adapter {active!r} trains {', '.join(formula.trained)} alone"
+            )
+    if relative_s and "s" not in formula.trained:
+        raise ValueError(f"relative_s is given, but the adapter {active!r} trains {', '.join(formula.trained)} alone")
+    groups: list[dict[str, Any]] = []
+    for kind in formula.trained:
+        own = rates[kind]
+        rate = lr if own is None else own
+        parameters = {name: getattr(layer, kind) for name, layer in layers.items()}
+        if kind == "s" and relative_s:
+            for name, parameter in parameters.items():
+                mean = float(layers[name].basis()[2].mean())
+                groups.append({"params": [parameter], "lr": rate * mean, "name": f"s {name}"})
+        else:
+            groups.append({"params": list(parameters.values()), "lr": rate, "name": kind})
+    if weight_decay is not None:
+        for group in groups:
+            group["weight_decay"] = weight_decay
+    return groups
 
 
 def orthonormality(model: nn.Module, gamma: float | None = None) -> Tensor:
@@ -30,4 +103,4 @@ def orthonormality(model: nn.Module, gamma: float | None = None) -> Tensor:
     return sum(values[1:], values[0])
 
 
-__all__ = ["orthonormality"]
+__all__ = ["orthonormality", "parameter_groups"]
