@@ -15,7 +15,6 @@ from typing import Any
 from torch import nn
 
 import osora
-from osora.layers import OsoraLinear
 
 VECTORS, MATRICES, LEAST = 64, 8, 1  # ranks
 
@@ -48,24 +47,21 @@ class Method:
 # -- osora -------------------------------------------------------------------------------------------------------------
 
 
-def _osora(model: nn.Module, targets: list[str], seed: int, trained: str = "os") -> Attached:
+def _osora(**options: Any) -> Callable[[nn.Module, list[str], int], Attached]:
     """OSoRA, or an ablation of it: `o` moves by the rate as it is, `s` by the rate times the layer's mean S0."""
-    osora.attach(model, osora.OsoraConfig(r=VECTORS, target_modules=targets, tol=1e-4, seed=seed))
-    groups: list[dict[str, Any]] = []
-    for layer in (module for module in model.modules() if isinstance(module, OsoraLinear)):
-        layer.o.requires_grad_("o" in trained)
-        layer.s.requires_grad_("s" in trained)
-        if "o" in trained:
-            groups.append({"params": [layer.o], "lr": 1.0})
-        if "s" in trained:
-            groups.append({"params": [layer.s], "lr": layer.S0.mean().item()})
-    return _saved_by_osora(model, groups)
+
+    def attach(model: nn.Module, targets: list[str], seed: int) -> Attached:
+        osora.attach(model, osora.OsoraConfig(r=VECTORS, target_modules=targets, tol=1e-4, seed=seed, **options))
+        relative = options.get("train") != "o"
+        return _saved_by_osora(model, osora.parameter_groups(model, 1.0, relative_s=relative))
+
+    return attach
 
 
 def _sorsa(model: nn.Module, targets: list[str], seed: int, gamma: float = 1.0) -> Attached:
     """SORSA at one rate for all three, as its authors train it. Its penalty joins each optimiser step by itself."""
     osora.attach(model, osora.SorsaConfig(r=MATRICES, target_modules=targets, tol=1e-4, seed=seed, gamma=gamma))
-    return _saved_by_osora(model, [{"params": osora.adapter_parameters(model), "lr": 1.0}])
+    return _saved_by_osora(model, osora.parameter_groups(model, 1.0))
 
 
 def _saved_by_osora(model: nn.Module, groups: list[dict[str, Any]]) -> Attached:
@@ -133,7 +129,7 @@ METHODS: dict[str, Method] = {
     method.name: method
     for method in (
         Method("base", "no adapter", _nothing, SMALL, {}),
-        Method("osora", "OSoRA", _osora, LARGE, {"r": VECTORS}),
+        Method("osora", "OSoRA", _osora(), LARGE, {"r": VECTORS}),
         Method("sorsa", "SORSA", _sorsa, SMALL, {"r": MATRICES, "gamma": 1.0, "regularizer": "squared"}),
         Method("lora", "LoRA", _lora(), SMALL, {"r": MATRICES, "alpha": 2 * MATRICES}),
         Method("lora1", "LoRA, r = 1", _lora(LEAST), SMALL, {"r": LEAST, "alpha": 2 * LEAST}),
@@ -147,7 +143,8 @@ METHODS: dict[str, Method] = {
         ),
         Method("dora", "DoRA", _lora(use_dora=True), SMALL, {"r": MATRICES, "alpha": 2 * MATRICES}),
         Method("vera", "VeRA", _peft(_vera), LARGE, {"r": VECTORS}),
-        Method("osora-s", "OSoRA, S only", lambda m, t, seed: _osora(m, t, seed, "s"), LARGE, {"r": VECTORS}),
-        Method("osora-o", "OSoRA, O only", lambda m, t, seed: _osora(m, t, seed, "o"), LARGE, {"r": VECTORS}),
+        Method("osora-s", "OSoRA, S only", _osora(train="s"), LARGE, {"r": VECTORS}),
+        Method("osora-o", "OSoRA, O only", _osora(train="o"), LARGE, {"r": VECTORS}),
+        Method("osora-in", "OSoRA, O on the input", _osora(side="input"), LARGE, {"r": VECTORS}),
     )
 }

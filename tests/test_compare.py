@@ -85,6 +85,7 @@ def test_everything_is_run_and_shown(compare, example, tmp_path):
     assert counts["vera"] == counts["osora"]
     assert counts["lora"] == counts["pissa"] == sum(8 * (d + k) for d, k in shapes)
     assert counts["lora1"] == sum(d + k for d, k in shapes)
+    assert counts["osora-in"] == sum(k + 16 for _, k in shapes)
     assert counts["sorsa"] == sum(8 * (d + k + 1) for d, k in shapes)
     assert counts["dora"] == counts["lora"] + sum(d for d, _ in shapes)
 
