@@ -65,6 +65,7 @@ def test_it_checks_every_peer_and_then_compares(bench, tmp_path, capsys):
                 continue
             assert row["floor"] == pytest.approx(row["over_frozen"]["median"] / row["over_floor"])
             assert ("osora_over_this" in row) == (name != "osora")
+            assert row["quickest_over_frozen"] == row["step"]["min"] / peers["frozen", None]["step"]["min"]
             if name in ("osora", "hand"):
                 assert row["saved_bytes"] == n * rank * itemsize
                 assert row["floor"] == pytest.approx(1 + rank * (2 * k + 3 * d) / (2 * k * d))
