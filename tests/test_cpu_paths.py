@@ -55,8 +55,8 @@ def test_sums_over_all_rows(n, d, r, dtype):
         assert_within(got, wish.value[name], TOLERANCE[dtype] * wish.size[name])
 
 
-# Many rows for the weight's size, so that W + D Vᵀ is summed first (core/linear_plan.h), and sizes around its tiles (8 or
-# 6 rows of D, 32 columns of V, 24 rows for a thread); the last has few rows.
+# Many rows for the weight's size, so that W + D Vᵀ is summed first (core/linear_plan.h), and sizes around its tiles (8
+# or 6 rows of D, 32 columns of V, 24 rows for a thread); the last has few rows.
 @pytest.mark.parametrize(
     "n, k, d, r",
     [(9, 1, 1, 1), (400, 31, 23, 5), (400, 33, 25, 8), (700, 96, 49, 17), (700, 70, 331, 64), (3, 70, 50, 5)],

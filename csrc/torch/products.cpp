@@ -124,19 +124,23 @@ std::optional<at::Tensor> summed_weight(const at::Tensor& W, const at::Tensor& D
     auto transposed = summed_weight(W.t(), V, D);
     return transposed ? std::optional(transposed->t()) : std::nullopt;
   }
-  if (W.stride(1) != 1 || D.stride(1) != 1 || V.stride(1) != 1) return std::nullopt;
+  if (W.stride(1) != 1) return std::nullopt;
+  const auto rows = [](const at::Tensor& t) { return t.stride(1) == 1 ? t : t.contiguous(); };
+  const auto left = rows(D), right = rows(V);
   const int64_t d = W.size(0), k = W.size(1), r = V.size(1), strips = cpu::strips(k);
-  auto packed = at::empty({strips, r, cpu::kStrip}, V.options());
+  auto packed = at::empty({strips, r, cpu::kStrip}, W.options());
   auto sum = at::empty({d, k}, W.options());
   const auto grain = [](int64_t work) { return std::max<int64_t>(1, 32768 / std::max<int64_t>(1, work)); };
   at::parallel_for(0, strips, grain(cpu::kStrip * r), [&](int64_t begin, int64_t end) {
-    cpu::pack_strips(V.const_data_ptr<float>(), k, r, V.stride(0), begin, end, packed.mutable_data_ptr<float>());
+    cpu::pack_strips(right.const_data_ptr<float>(), k, r, right.stride(0), begin, end,
+                     packed.mutable_data_ptr<float>());
   });
   constexpr int64_t kRows = 24;  // a multiple of the kernels' rows, so that threads share no tile
   at::parallel_for(0, (d + kRows - 1) / kRows, grain(kRows * k), [&](int64_t begin, int64_t end) {
     const int64_t row = begin * kRows;
-    cpu::skinny()->plus(D.const_data_ptr<float>() + row * D.stride(0), std::min(d, end * kRows) - row, r, D.stride(0),
-                        packed.const_data_ptr<float>(), k, W.const_data_ptr<float>() + row * W.stride(0), W.stride(0),
+    cpu::skinny()->plus(left.const_data_ptr<float>() + row * left.stride(0), std::min(d, end * kRows) - row, r,
+                        left.stride(0), packed.const_data_ptr<float>(), k,
+                        W.const_data_ptr<float>() + row * W.stride(0), W.stride(0),
                         sum.mutable_data_ptr<float>() + row * k, k);
   });
   return sum;
