@@ -263,7 +263,7 @@ for _name in ("osora::down", "osora::up"):
 
 
 class _Linear(torch.autograd.Function):
-    """``osora::linear`` in its halves for autograd, where :func:`_watched`; else ``osora::linear_trained`` is quicker."""
+    """``osora::linear`` in its halves for autograd where :func:`_watched`; ``osora::linear_trained`` is quicker."""
 
     @staticmethod
     def forward(ctx: Any, cast: bool, *inputs: Tensor | None) -> Tensor:
