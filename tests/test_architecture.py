@@ -33,6 +33,8 @@ OPTIONAL = {"accelerate", "bitsandbytes", "datasets", "matplotlib", "peft", "tra
 AT_HOME = {"quantised": {"bitsandbytes"}}  # inside functions, for layers that are bitsandbytes' own
 MODULES = sorted(path.stem for path in PACKAGE.glob("*.py") if path.stem not in ("__init__", "_compiled_for"))
 
+PACKAGES = {path.parent.name for path in PACKAGE.glob("*/__init__.py")}
+
 
 def sources(*patterns: str, under: Path = CSRC) -> list[Path]:
     return sorted(path for pattern in patterns for path in under.rglob(pattern))
@@ -52,7 +54,7 @@ def imports(module: str) -> set[str]:
 
 
 def own_imports(module: str) -> set[str]:
-    known = set(MODULES) | {"_C", "_compiled_for"}
+    known = set(MODULES) | PACKAGES | {"_C", "_compiled_for"}
     return {name.split(".")[1] for name in imports(module) if name.startswith("osora.")} & known
 
 

@@ -25,6 +25,7 @@ RUN = {
     ROOT / "docs/merge.md": 2,
     ROOT / "docs/analysis.md": 4,
     ROOT / "docs/ablations.md": 1,
+    ROOT / "docs/peft.md": 6,
     ROOT / "docs/sorsa.md": 3,
     ROOT / "docs/quantised.md": 3,
 }  # document -> how many blocks it shows at least

@@ -68,10 +68,19 @@ def check_is_linear(name: str, module: nn.Module) -> None:
     )
 
 
-def _bypassed(model: nn.Module) -> set[int]:
+def bypassed(model: nn.Module) -> set[int]:
     """Identities of linear layers whose parent may use their weights without calling them."""
     parents = [module for module in model.modules() if isinstance(module, nn.TransformerEncoderLayer)]
     return {id(layer) for parent in parents for layer in (parent.linear1, parent.linear2)}
+
+
+def check_not_bypassed(name: str, module: nn.Module, found: set[int]) -> None:
+    """Raise for one of those that :func:`bypassed` has ``found``."""
+    if id(module) in found:
+        raise ValueError(
+            f"target {name} belongs to a torch.nn.TransformerEncoderLayer, which reads its weight in eval mode "
+            "without calling it: an adapter would be ignored; exclude_modules leaves it out"
+        )
 
 
 def check_not_tied(name: str, module: nn.Module, holders: dict[int, set[int]]) -> None:
@@ -117,7 +126,7 @@ def find_targets(model: nn.Module, config: AdapterConfig) -> list[Target]:
     for name, module in base_modules(model):
         names_of[id(module)].append(name)
         modules[id(module)] = module
-    head, holders, bypassed = _output_head(model), weight_holders(model), _bypassed(model)
+    head, holders, unseen = _output_head(model), weight_holders(model), bypassed(model)
     everything = config.target_modules == ALL_LINEAR
     layers = config.layers_to_transform
     assert layers is None or isinstance(layers, tuple)  # the config has brought it to this form
@@ -126,7 +135,7 @@ def find_targets(model: nn.Module, config: AdapterConfig) -> list[Target]:
         module, name = modules[key], names[0]
         if everything:
             is_linear = _is_linear(module) or unsupported(module) is not None  # which is not left out in silence
-            wanted = is_linear and module is not head and key not in bypassed
+            wanted = is_linear and module is not head and key not in unseen
         else:
             wanted = any(name_matches(n, config.target_modules) for n in names)
         if not wanted or not name:
@@ -136,11 +145,7 @@ def find_targets(model: nn.Module, config: AdapterConfig) -> list[Target]:
         if layers is not None and _layer_index(name) not in layers:
             continue
         check_is_linear(name, module)
-        if key in bypassed:
-            raise ValueError(
-                f"target {name} belongs to a torch.nn.TransformerEncoderLayer, which reads its weight in eval mode "
-                "without calling it: an adapter would be ignored; exclude_modules leaves it out"
-            )
+        check_not_bypassed(name, module, unseen)
         check_not_tied(name, module, holders)
         asked, most = config.rank_for(name), min(base_weight(module).shape)
         note = f"rank {asked} clipped to {most}" if asked > most else ""

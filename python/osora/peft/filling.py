@@ -1,0 +1,113 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a new adapter's tensors start as: a shared basis, a decomposition (all of a shape at once), or a file's."""
+
+from collections.abc import Sequence
+
+import torch
+
+from osora.adapted import oriented_weight
+from osora.adapter_file import AdapterError, Description
+from osora.checkpoint import rank_decomposed
+from osora.evidence import check_bases
+from osora.patch import decompose_targets, with_enough
+from osora.peft.config import AdapterConfig
+from osora.peft.layer import AdapterLayer
+from osora.targets import Target
+
+
+def empty_basis(layer: AdapterLayer, name: str) -> None:
+    """A basis of NaN for an adapter whose changes are there, to be filled by what follows or from a file."""
+    weight, rank = oriented_weight(layer.base_layer), layer.box("s")[name].weight.numel()
+    shapes = (layer.out_features, rank), (layer.in_features, rank)
+    U, V = (weight.new_full(shape, float("nan")) for shape in shapes)
+    S0 = torch.full((rank,), float("nan"), dtype=layer.exact, device=weight.device)
+    layer.put_basis(name, (U, V, S0))
+
+
+def fill(layers: Sequence[AdapterLayer], name: str, config: AdapterConfig) -> None:
+    """A fresh adapter's bases: those of other adapters where they are wide and exact enough, else new ones."""
+    wanting = {}
+    for layer in layers:
+        rank = layer.box("S0")[name].numel()
+        wide = [other for other in layer.widest() if other != name and _suits(layer, other, rank, config.tol)]
+        if wide:
+            U, V, S0 = layer.basis(wide[0])
+            _certify(layer, name, layer.has[wide[0]].certificate)
+            layer.put_basis(name, (U[:, :rank], V[:, :rank], S0[:rank]))
+            _fit(layer, name, config)
+        else:
+            wanting[layer.name] = layer
+    targets = [Target((key,), layer.base_layer, layer.box("S0")[name].numel()) for key, layer in wanting.items()]
+    for target, factors in decompose_targets(
+        targets, config.native(), max_memory=None, unconverged="warn", progress=None
+    ):
+        wanting[target.name].put_factors(name, factors)
+        _fit(wanting[target.name], name, config)
+    if not config.init_weights:
+        for layer in layers:
+            _disturb(layer, name)
+
+
+def _suits(layer: AdapterLayer, other: str, rank: int, tol: float) -> bool:
+    there = layer.has[other]
+    return there.awaited is None and layer.box("S0")[other].numel() >= rank and there.max_residual <= tol
+
+
+def _certify(layer: AdapterLayer, name: str, certificate: dict) -> None:
+    for key, value in certificate.items():
+        setattr(layer.has[name], key, value)
+
+
+def _fit(layer: AdapterLayer, name: str, config: AdapterConfig) -> None:
+    """Down to the rank that holds the share of energy which is asked for."""
+    if config.rank_for_energy is None:
+        return
+    U, V, S0 = layer.basis(name)
+    norm = torch.linalg.vector_norm(layer.kept_weight.detach(), dtype=torch.float64)
+    rank = with_enough(Target((layer.name,), layer.base_layer, S0.numel()), S0, norm, config.rank_for_energy).rank
+    if rank == S0.numel():
+        return
+    on = [parameter.requires_grad for parameter in layer.deltas(name)]
+    layer.add(name, layer.has[name], rank)
+    layer.put_basis(name, (U[:, :rank], V[:, :rank], S0[:rank]))
+    for parameter, requires_grad in zip(layer.deltas(name), on, strict=True):
+        parameter.requires_grad_(requires_grad)
+
+
+@torch.no_grad()
+def _disturb(layer: AdapterLayer, name: str) -> None:
+    """Random changes of a tenth: of scales around 1, of singular values, of entries of unit vectors."""
+    sizes = {"o": 1.0, "s": layer.basis(name)[2], "u": layer.out_features**-0.5, "v": layer.in_features**-0.5}
+    for kind, parameter in zip(layer.has[name].formula.kinds, layer.deltas(name), strict=True):
+        if not parameter.is_meta:
+            parameter.normal_(std=0.1).mul_(sizes[kind])
+
+
+def await_file(layers: Sequence[AdapterLayer], name: str, config: AdapterConfig, description: Description) -> None:
+    """Check the base, and compute the bases that are not in the file; what is will come, and be checked then.
+
+    Raises:
+        osora.AdapterError: a module that the model does not have, or another base.
+    """
+    if description.method.name != config.method:
+        raise AdapterError(f"the adapter is one of {description.method.name}, not of {config.method}")
+    if missing := sorted(set(description.modules) - {layer.name for layer in layers}):
+        raise AdapterError(f"the adapter is for {missing[0]}, which this model does not have as a linear layer")
+    items = [description.modules[layer.name] for layer in layers]
+    check_bases(items, [layer.kept_weight for layer in layers], stacklevel=8)
+    if description.save_basis:
+        return
+    native, there = config.native(), {layer.name: layer for layer in layers}
+    targets = [
+        Target((layer.name,), layer.base_layer, rank_decomposed(item, native))
+        for layer, item in zip(layers, items, strict=True)
+    ]
+    for target, factors in decompose_targets(targets, native, max_memory=None, unconverged="warn", progress=None):
+        layer, item = there[target.name], description.modules[target.name]
+        layer.put_factors(name, factors.leading(item["rank"]))
+        _certify(layer, name, {key: item[key] for key in layer.has[name].certificate})
+        layer.box("S0")[name].fill_(float("nan"))  # it is in the file
+        layer.has[name].rebuilt = True
+
+
+__all__ = ["await_file", "empty_basis", "fill"]

@@ -1,0 +1,372 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The adapted linear layer as PEFT wants it; what it computes is :mod:`osora.adapted`'s and :mod:`osora.formulas`'."""
+
+import warnings
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from peft.tuners._buffer_dict import BufferDict
+from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
+from torch import Tensor, nn
+
+from osora import reference
+from osora.adapted import adapted_linear, has_hooks, is_conv1d, oriented_weight
+from osora.adapter_file import Description
+from osora.factors import Decomposition
+from osora.formulas import Basis, Formula
+from osora.rows import RowAdapters
+
+
+class Change(nn.Module):
+    """One trained tensor. A module of its own, with a ``weight``, because TRL and FSDP look for adapters as such."""
+
+    def __init__(self, value: Tensor) -> None:
+        """Train ``value``."""
+        super().__init__()
+        self.weight = nn.Parameter(value)
+
+
+@dataclass
+class Adapter:
+    """What a layer knows of one of its adapters beside its tensors."""
+
+    formula: Formula
+    dropout: float
+    save_basis: bool
+    max_residual: float = 0.0
+    passes: int = 0
+    converged: bool = True
+    method: str = ""
+    tol: float = 1e-3
+    awaited: Description | None = None  # of a file, until its tensors have come and been checked
+    rebuilt: bool = False  # whether the basis was computed again for them
+
+    def certify(self, factors: Decomposition) -> None:
+        """Take the certificate of a decomposition."""
+        self.max_residual, self.passes = factors.max_residual, factors.passes
+        self.converged, self.method = factors.converged, factors.method
+
+    @property
+    def certificate(self) -> dict[str, Any]:
+        """As it is in a file."""
+        return {name: getattr(self, name) for name in ("max_residual", "passes", "converged", "method")}
+
+
+class AdapterLayer(nn.Module, BaseTunerLayer):
+    """``y = base_layer(x) + Σ x ΔWᵀ`` over the active adapters.
+
+    An adapter's tensors are in containers by its name, as all of PEFT's are: the trained ones in float32 (float64 for a
+    float64 base), U and V in the base weight's dtype, S0 as the trained ones. Adapters that came from one decomposition
+    share its memory: one of smaller rank holds views of the leading columns. The base weight is never written.
+
+    Args:
+        base_layer: ``torch.nn.Linear`` or transformers' ``Conv1D``.
+        name: its name in the model without PEFT around it.
+    """
+
+    method: ClassVar[str]
+    trained: ClassVar[tuple[str, ...]]
+
+    def __init__(self, base_layer: nn.Module, name: str) -> None:
+        """Without an adapter it is its base."""
+        super().__init__()
+        self.base_layer = base_layer
+        self.name = name
+        self.out_features, self.in_features = oriented_weight(base_layer).shape
+        self.has: dict[str, Adapter] = {}
+        self.batch: Sequence[tuple[RowAdapters, Basis]] | None = None  # within a batch of several adapters
+        self._kept: list[nn.Parameter] = []  # the base weight while a merged one stands in its place
+        self._disable_adapters = False
+        self.merged_adapters = []
+        self.frozen_peft_weight_names = {}
+        for kind in self.trained:
+            setattr(self, f"{self.method}_{kind}", nn.ModuleDict())
+        for kind in ("S0", "U", "V"):
+            setattr(self, f"{self.method}_{kind}", BufferDict())
+        self.train(base_layer.training)
+
+    def box(self, kind: str) -> Any:
+        """The container of a kind of tensor: adapter's name → tensor, or module with a ``weight``."""
+        return getattr(self, f"{self.method}_{kind}")
+
+    # -- the adapters --
+
+    @property
+    def exact(self) -> torch.dtype:
+        """The dtype of what is trained, and of S0."""
+        return reference.accumulate_dtype(self.base_layer.weight.dtype)  # type: ignore[arg-type]
+
+    def basis(self, name: str) -> Basis:
+        """U [d, r], V [k, r] and S0 [r] of an adapter."""
+        return self.box("U")[name], self.box("V")[name], self.box("S0")[name]
+
+    def deltas(self, name: str) -> tuple[nn.Parameter, ...]:
+        """The trained tensors of an adapter, in the order of its formula's kinds."""
+        return tuple(self.box(kind)[name].weight for kind in self.has[name].formula.kinds)
+
+    def values(self, name: str) -> dict[str, Tensor]:
+        """The trained tensors by kind, then S0."""
+        kinds = self.has[name].formula.kinds
+        deltas = {kind: t.detach() for kind, t in zip(kinds, self.deltas(name), strict=True)}
+        return deltas | {"S0": self.box("S0")[name]}
+
+    def delta_factors(self, name: str) -> tuple[Tensor, Tensor]:
+        """``(left [d, q], right [k, q])`` with ``ΔW = left rightᵀ``; left in float32 (float64)."""
+        return self.has[name].formula.factors(self.basis(name), self.deltas(name))
+
+    def put_basis(self, name: str, basis: Basis) -> None:
+        """Give an adapter its basis: tensors as they are, so that adapters can share them."""
+        for kind, value in zip(("U", "V", "S0"), basis, strict=True):
+            persistent = kind == "S0" or self.has[name].save_basis
+            self.box(kind).register_buffer(name, value, persistent=persistent)
+
+    def put_factors(self, name: str, factors: Decomposition) -> None:
+        """Give an adapter the basis of a decomposition, in the dtypes and on the device of the base weight."""
+        weight = oriented_weight(self.base_layer)
+        U, V = (t.detach().to(weight).contiguous() for t in (factors.U, factors.V))
+        self.put_basis(name, (U, V, factors.S.detach().to(weight.device, self.exact)))
+        self.has[name].certify(factors)
+
+    def add(self, name: str, adapter: Adapter, rank: int, fill: float = 0.0) -> None:
+        """Make the trained tensors of a new adapter, all ``fill``; its basis comes with one of the two above."""
+        device: Any = self.base_layer.weight.device
+        self.has[name] = adapter
+        for kind, shape in adapter.formula.shapes(self.out_features, self.in_features, rank).items():
+            self.box(kind)[name] = Change(torch.full(shape, fill, dtype=self.exact, device=device))
+
+    def widest(self) -> dict[str, list[str]]:
+        """Adapters by the memory of their basis; in each group the one of largest rank comes first."""
+        groups: dict[tuple[int, int], list[str]] = {}
+        for name in self.has:
+            U, V, _ = self.basis(name)
+            if not U.is_meta:
+                groups.setdefault((U.data_ptr(), V.data_ptr()), []).append(name)
+        ordered = [sorted(names, key=lambda n: -self.box("S0")[n].numel()) for names in groups.values()]
+        return {names[0]: names for names in ordered}
+
+    def share(self, name: str) -> None:
+        """Let an adapter use the memory of another one's basis where its own is that one's leading columns."""
+        mine, rank = self.basis(name), self.box("S0")[name].numel()
+        for first in self.widest():
+            wide = self.basis(first)
+            if first == name or wide[2].numel() < rank or any(t.is_meta for t in (*mine, *wide)):
+                continue
+            views = wide[0][:, :rank], wide[1][:, :rank], wide[2][:rank]
+            if all(a.dtype == b.dtype and torch.equal(a, b) for a, b in zip(views, mine, strict=True)):
+                self.put_basis(name, views)
+                return
+
+    def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
+        """Loading writes in place: an adapter that is to get another basis first gets memory of its own for it."""
+        for names in self.widest().values():
+            for name in names if len(names) > 1 else ():
+                for kind, here in zip(("U", "V", "S0"), self.basis(name), strict=True):
+                    value = state_dict.get(f"{prefix}{self.method}_{kind}.{name}")
+                    if value is not None and not (value.shape == here.shape and torch.equal(value.to(here), here)):
+                        U, V, S0 = self.basis(name)
+                        self.put_basis(name, (U.clone(), V.clone(), S0.clone()))
+                        break
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
+    def settle(self) -> None:
+        """Check what has come from files. Raises osora.AdapterError."""
+        from osora.peft import loading  # which knows this layer
+
+        for name, adapter in self.has.items():
+            if adapter.awaited is not None:
+                loading.check_arrived(self, name)
+
+    # -- what PEFT calls --
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """x [..., in_features] → [..., out_features]."""
+        if self._disable_adapters:
+            if self._kept:
+                self.unmerge()
+            return self.base_layer(x, *args, **kwargs)
+        if self.batch is not None:
+            return self._row_by_row(x)
+        active = [name for name in self.active_adapters if name in self.has]
+        if self._kept or not active:
+            return self.base_layer(x, *args, **kwargs)
+        if any(self.has[name].awaited is not None for name in active):
+            self.settle()
+        y = None
+        for name in active:
+            adapter, basis, deltas = self.has[name], self.basis(name), self.deltas(name)
+            dropout = adapter.dropout if self.training else 0.0
+            if y is None:
+                y = adapted_linear(self.base_layer, x, adapter.formula, basis, deltas, dropout)
+            else:
+                branch = nn.functional.dropout(x, dropout) if dropout else x
+                y = y + adapter.formula.linear(branch, None, None, basis, deltas)
+        assert y is not None
+        return y
+
+    def _row_by_row(self, x: Tensor) -> Tensor:
+        assert self.batch is not None
+        if self._kept:
+            raise ValueError("adapter_names cannot be used while adapters are merged: call unmerge_adapter() first")
+        y = None
+        for rows, basis in self.batch:
+            rows.check(x, self.training)
+            if y is None and not has_hooks(self.base_layer):
+                y = rows.linear(x, oriented_weight(self.base_layer), self.bias, basis)
+            else:
+                y = rows.add(self.base_layer(x) if y is None else y, x, basis)
+        return self.base_layer(x) if y is None else y
+
+    def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
+        """Make adapters the active ones, trainable unless ``inference_mode``; the others are frozen."""
+        names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
+        for name, adapter in self.has.items():
+            for kind in adapter.formula.kinds:
+                on = name in names and not inference_mode and kind in adapter.formula.trained
+                self.box(kind)[name].requires_grad_(on)
+        self._active_adapter = names
+
+    def set_requires_grad(self, adapter_names: str | Iterable[str], requires_grad: bool = True) -> None:
+        """Train or freeze adapters, active or not; of each what its formula trains."""
+        names = {adapter_names} if isinstance(adapter_names, str) else set(adapter_names)
+        for name in names & set(self.has):
+            formula = self.has[name].formula
+            for kind in formula.kinds:
+                self.box(kind)[name].requires_grad_(requires_grad and kind in formula.trained)
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Forget an adapter. Raises ValueError while it is merged."""
+        if adapter_name in self.merged_adapters:
+            raise ValueError(f"adapter {adapter_name!r} is merged: call unmerge_adapter() before deleting it")
+        self.has.pop(adapter_name, None)
+        super().delete_adapter(adapter_name)
+
+    def get_delta_weight(self, adapter: str) -> Tensor:
+        """``ΔW`` in the layout of the base weight, in float32 (float64 for a float64 base)."""
+        self.settle()
+        with torch.no_grad():
+            left, right = self.delta_factors(adapter)
+            delta = left @ right.to(left.dtype).t()
+        return delta.t() if is_conv1d(self.base_layer) else delta
+
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        """ΔW is of low rank."""
+        return True
+
+    # -- merging --
+
+    @property
+    def kept_weight(self) -> Tensor:
+        """The base weight [out_features, in_features], also while a merged one stands in its place."""
+        if not self._kept:
+            return oriented_weight(self.base_layer)
+        return self._kept[0].t() if is_conv1d(self.base_layer) else self._kept[0]
+
+    @torch.no_grad()
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Put ``W0 + Σ ΔW``, summed in float32 and rounded once, in the base weight's place; the base weight is kept.
+
+        ``safe_merge`` changes nothing: the sum is always made apart and looked at.
+
+        Raises:
+            ValueError: the sum has NaN or infinite entries; nothing is changed then.
+        """
+        if self.batch is not None:
+            raise ValueError("merging is not possible within a batch of several adapters")
+        if not self.has:
+            return
+        new = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.has]
+        if not new:
+            return
+        base = self._kept[0] if self._kept else self.base_layer.weight
+        assert isinstance(base, nn.Parameter)
+        total = base.to(self.exact)
+        for name in [*self.merged_adapters, *new]:
+            total = total + self.get_delta_weight(name)
+        merged = total.to(base.dtype)
+        if not bool(merged.isfinite().all()):
+            raise ValueError(
+                f"{self.name}: NaNs detected in the merged weights (or infinite ones, in {base.dtype}). The adapter "
+                f"{', '.join(new)} seems to be broken"
+            )
+        self.base_layer.weight = nn.Parameter(merged.contiguous(), requires_grad=False)
+        self._kept = [base]
+        self.merged_adapters = [*self.merged_adapters, *new]
+
+    def unmerge(self) -> None:
+        """Put the kept base weight back: the same tensor, bit for bit."""
+        if not self._kept:
+            warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
+            return
+        self.base_layer.weight = self._kept.pop()
+        self.merged_adapters = []
+
+    # -- moves and copies --
+
+    def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
+        """Device alone: PEFT's own would round what is trained to the base weight's dtype."""
+        if adapter_name not in self.has:
+            return
+        device = self.base_layer.weight.device if device is None else device  # type: ignore[assignment]
+        for kind in self.has[adapter_name].formula.kinds:
+            change = self.box(kind)[adapter_name]
+            if not change.weight.is_meta and change.weight.device != device:
+                change.to(device)
+        if any(t.device != device for t in self.basis(adapter_name)):
+            self.put_basis(adapter_name, tuple(t.to(device) for t in self.basis(adapter_name)))  # type: ignore[arg-type]
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "AdapterLayer":
+        """As of any module, but the kept base follows, S0 and changes lose no digit, and bases stay shared."""
+        if self.batch is not None:
+            raise RuntimeError("a model cannot be moved or cast within a batch of several adapters")
+        before = {name: self.values(name) for name in self.has}
+        shared = self.widest()
+        for kept in self._kept:
+            kept.data = fn(kept.data)
+        super()._apply(fn, recurse)
+        for name, values in before.items():
+            self._restore(name, values)
+        for first, names in shared.items():
+            for name in names[1:]:
+                rank = self.box("S0")[name].numel()
+                U, V, _ = self.basis(first)
+                self.put_basis(name, (U[:, :rank], V[:, :rank], self.box("S0")[name]))
+        return self
+
+    def _restore(self, name: str, before: Mapping[str, Tensor]) -> None:
+        """The digits that a cast has taken from what an adapter trains, and from its S0."""
+        exact = self.exact
+        for kind, old in before.items():
+            now = self.box("S0")[name] if kind == "S0" else self.box(kind)[name].weight
+            if now.dtype == old.dtype == exact or now.is_meta or old.is_meta:
+                continue
+            value = old.to(device=now.device, dtype=exact)
+            if kind == "S0":
+                self.box("S0").register_buffer(name, value)
+            else:
+                grad, now.grad = now.grad, None  # a gradient of another dtype would refuse the assignment
+                now.data = value
+                now.grad = None if grad is None else grad.to(exact)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For copies and pickles, which are of the layer outside of any batch."""
+        return self.__dict__ | {"batch": None}
+
+    def extra_repr(self) -> str:
+        """Sizes and ranks, for ``print(model)``."""
+        ranks = {name: self.box("S0")[name].numel() for name in self.has}
+        merged = f", merged={self.merged_adapters}" if self._kept else ""
+        return f"in_features={self.in_features}, out_features={self.out_features}, rank={ranks}{merged}"
+
+
+class OsoraLinear(AdapterLayer):
+    """With OSoRA adapters: ``ΔW = D Vᵀ``, ``D = U ⊙ (o (S0 + s) + s)``."""
+
+    method = "osora"
+    trained = ("o", "s")
+    adapter_layer_names = ("osora_o", "osora_s")
+    other_param_names = ("osora_S0", "osora_U", "osora_V")
+
+
+__all__ = ["Adapter", "AdapterLayer", "OsoraLinear"]

@@ -1,0 +1,244 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The methods' ``BaseTuner``: which layers get an adapter, and its decompositions, all of a shape at once."""
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, ClassVar
+
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, check_target_module_exists
+from torch import nn
+
+from osora.adapter_file import AdapterError, Description
+from osora.config import ALL_LINEAR
+from osora.formulas import formula_of
+from osora.peft import loading
+from osora.peft.batch import rows_of_adapters
+from osora.peft.config import AdapterConfig
+from osora.peft.filling import await_file, empty_basis, fill
+from osora.peft.layer import Adapter, AdapterLayer, OsoraLinear
+from osora.peft.saving import layers_of
+from osora.targets import bypassed, check_is_linear, check_not_bypassed, check_not_tied, weight_holders
+
+
+class AdapterModel(BaseTuner):
+    """A model with adapters of one method. What PEFT does with any method is :class:`peft.tuners.BaseTuner`'s."""
+
+    layer_class: ClassVar[type[AdapterLayer]]
+    target_module_mapping: dict = {}  # noqa: RUF012  # every model has "all-linear"
+
+    # -- which layers --
+
+    def _prepare_adapter_config(self, peft_config: Any, model_config: dict) -> Any:
+        description = self._description(peft_config)
+        if description is not None and peft_config.target_modules == ALL_LINEAR:
+            # the file names its modules: what is linear in this model is not asked
+            peft_config.target_modules = set(description.modules)
+        return peft_config
+
+    @staticmethod
+    def _check_target_module_exists(peft_config: Any, key: str) -> Any:
+        found = check_target_module_exists(peft_config, key)
+        if peft_config.osora is None:
+            return found
+        wanted = peft_config.__dict__.get("_wanted", ())
+        return key in wanted or (found if type(found).__name__ == "_ExcludedModule" else False)
+
+    def _check_target(self, name: str, module: nn.Module) -> None:
+        if isinstance(module, BaseTunerLayer):
+            raise ValueError(f"target {name} has an adapter of another method ({type(module).__name__}) already")
+        if any(p.dim() > 2 for p in module.parameters(recurse=False)):
+            raise ValueError(
+                f"target {name} is a {type(module).__qualname__}, whose weights have more than two dimensions "
+                "(those of experts, or of a convolution): osora adapts matrices only; name other modules in "
+                "target_modules, or leave this one out with exclude_modules"
+            )
+        check_is_linear(name, module)
+        check_not_bypassed(name, module, self._bypassed)
+        check_not_tied(name, module, self._holders)
+        if names := self._also.get(id(module)):
+            raise ValueError(
+                f"target {name} is also in the model as {', '.join(names)}, and PEFT replaces a module in one place "
+                "only; osora.attach adapts it in all, exclude_modules leaves it out"
+            )
+
+    def _look_around(self) -> None:
+        """What the checks of targets ask about the whole model."""
+        self._bypassed, self._holders = bypassed(self.model), weight_holders(self.model)
+        names: dict[int, list[str]] = {}
+        for name, module in self.model.named_modules(remove_duplicate=False):
+            names.setdefault(id(module), []).append(name)
+        self._also = {key: found[1:] for key, found in names.items() if len(found) > 1}
+
+    # -- an adapter's way in --
+
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        """Give the model an adapter, as PEFT does it, then all of its decompositions; or leave the model as it was."""
+        config: Any = self.peft_config[adapter_name]
+        if config.home is not None and config.home != (model, adapter_name):
+            config = self.peft_config[adapter_name] = copy.deepcopy(config)  # one object was given for two adapters
+        description = self._description(config)
+        if description is not None:
+            config.__dict__["_wanted"] = frozenset(description.modules)
+        self._look_around()
+        self._made: list[tuple[AdapterLayer, bool]] = []
+        trainable = {id(p): (p, p.requires_grad) for p in model.parameters()}
+        try:
+            super().inject_adapter(model, adapter_name, *args, **kwargs)
+            layers = [layer for layer, _ in self._made]
+            if description is None:
+                fill(layers, adapter_name, config)
+            else:
+                await_file(layers, adapter_name, config, description)
+        except BaseException:
+            self._take_out(model, adapter_name)
+            for parameter, requires_grad in trainable.values():
+                parameter.requires_grad_(requires_grad)
+            raise
+        finally:
+            del self._made, self._holders, self._bypassed, self._also
+        config.settle_in(model, adapter_name)
+
+    def _create_and_replace(  # type: ignore[override]
+        self,
+        peft_config: Any,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        current_key: str,
+        **_: Any,
+    ) -> None:
+        is_new = not isinstance(target, self.layer_class)
+        layer = target
+        if is_new:
+            self._check_target(current_key, target)
+            layer = self.layer_class(target, current_key)
+        assert isinstance(layer, AdapterLayer)
+        adapter = Adapter(
+            formula_of(peft_config.native()), peft_config.dropout, peft_config.save_basis, tol=peft_config.tol
+        )
+        description = self._description(peft_config)
+        if description is None:
+            asked, most = peft_config.native().rank_for(current_key), min(layer.out_features, layer.in_features)
+            layer.add(adapter_name, adapter, min(asked, most))
+        else:
+            item = description.modules[current_key]
+            if (item["out_features"], item["in_features"]) != (layer.out_features, layer.in_features):
+                raise AdapterError(
+                    f"the adapter's {current_key} is {[item['out_features'], item['in_features']]}, this model's is "
+                    f"{[layer.out_features, layer.in_features]}"
+                )
+            adapter.awaited, adapter.save_basis = description, description.save_basis
+            for key in ("max_residual", "passes", "converged", "method"):
+                setattr(adapter, key, item[key])
+            layer.add(adapter_name, adapter, item["rank"], fill=float("nan"))
+        self._made.append((layer, is_new))
+        empty_basis(layer, adapter_name)
+        if is_new:
+            self._replace_module(parent, target_name, layer, target)
+        if adapter_name not in self.active_adapters:
+            layer.set_requires_grad(adapter_name, False)
+
+    # -- an adapter from a file --
+
+    @staticmethod
+    def _description(config: AdapterConfig) -> Description | None:
+        if config.osora is None:
+            return None
+        kept = config.__dict__.get("_description")
+        if kept is None or kept[0] is not config.osora:
+            kept = config.__dict__["_description"] = (config.osora, config.description())
+        return kept[1]
+
+    def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
+        """PEFT calls this when it has loaded an adapter: it is checked. There is nothing to cast."""
+        layers = layers_of(self.model, adapter_name).values()
+        try:
+            arrived = loading.settle(layers, adapter_name)
+        except AdapterError:
+            self._take_out(self.model, adapter_name)
+            raise
+        if arrived:
+            config: Any = self.peft_config[adapter_name]
+            config.osora = None
+
+    # -- an adapter's way out --
+
+    def _take_out(self, model: nn.Module, name: str) -> None:
+        """Remove an adapter that could not be completed, and layers that have no other."""
+        for key, layer in list(layers_of(model, name).items()):
+            layer.has.pop(name)
+            BaseTunerLayer.delete_adapter(layer, name)
+            if not layer.has:
+                parent, _, last = key.rpartition(".")
+                setattr(model.get_submodule(parent), last, layer.base_layer)
+        self.peft_config.pop(name, None)
+        if not self.peft_config and "peft_config" in model.__dict__:
+            del model.peft_config
+
+    def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
+        """Merge adapters into all layers or, if one cannot be, into none. See :meth:`AdapterLayer.merge`."""
+        with self._all_or_none():
+            super().merge_adapter(adapter_names=adapter_names, safe_merge=safe_merge)
+
+    @contextmanager
+    def _all_or_none(self) -> Iterator[None]:
+        layers = [module for module in self.model.modules() if isinstance(module, AdapterLayer)]
+        before = [list(layer.merged_adapters) for layer in layers]
+        try:
+            yield
+        except ValueError:
+            for layer, merged in zip(layers, before, strict=True):
+                if layer.merged_adapters != merged:
+                    layer.unmerge()
+                    if merged:
+                        layer.merge(adapter_names=merged)
+            raise
+
+    def _unload_and_optionally_merge(self, merge: bool = True, **kwargs: Any) -> Any:  # type: ignore[override]
+        """Merged as a whole before a layer is unloaded; or not merged, which means the base weights."""
+        layers = [module for module in self.model.modules() if isinstance(module, AdapterLayer)]
+        if merge:
+            with self._all_or_none():
+                for layer in layers:
+                    layer.merge(safe_merge=kwargs.get("safe_merge", False), adapter_names=kwargs.get("adapter_names"))
+        for layer in layers:
+            if layer.merged_adapters and not merge:
+                layer.unmerge()
+        return self._unload(merge, layers, kwargs)
+
+    def _unload(self, merge: bool, layers: list[AdapterLayer], kwargs: dict[str, Any]) -> Any:
+        for layer in layers:  # merged already: PEFT's own call finds nothing to do
+            layer.has.clear()
+            layer.set_adapter([])
+        return super()._unload_and_optionally_merge(merge=merge, **kwargs)
+
+    # -- a batch of several --
+
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *_: Any, **kwargs: Any) -> Iterator[None]:
+        names = kwargs.get("adapter_names")
+        if names is None:
+            yield
+            return
+        with rows_of_adapters(self.model, names, kwargs.get("num_beams")):
+            yield
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Of a copy, or of a pickle, which keeps no configuration's model."""
+        super().__setstate__(state)
+        config: Any
+        for name, config in self.peft_config.items():
+            config.settle_in(self.model, name)
+
+
+class OsoraModel(AdapterModel):
+    """OSoRA for PEFT."""
+
+    prefix = "osora_"
+    tuner_layer_cls = OsoraLinear
+    layer_class = OsoraLinear
+
+
+__all__ = ["AdapterModel", "OsoraModel"]

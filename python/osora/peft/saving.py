@@ -1,0 +1,117 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``save_pretrained``: what osora adds to what PEFT writes."""
+
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from osora.adapter_file import BLOCK, METHODS, TENSOR_FILE, block_of, finish, temporary_beside, write_config
+from osora.evidence import describe
+from osora.peft.config import AdapterConfig
+from osora.peft.layer import AdapterLayer
+
+
+def layers_of(model: nn.Module, adapter: str) -> dict[str, AdapterLayer]:
+    """Name → layer that an adapter is in, in the model's order."""
+    return {
+        name: layer for name, layer in model.named_modules() if isinstance(layer, AdapterLayer) and adapter in layer.has
+    }
+
+
+def save(config: AdapterConfig, options: dict[str, Any], folder: Path) -> None:
+    """The configuration's file: of an adapter that is in a model, with what the tensors' file is checked by.
+
+    PEFT has written that file by now; transformers' own ``save_pretrained`` will next.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    if config.home is None:
+        write_config(folder, options)
+        return
+    model, adapter = config.home
+    layers = layers_of(model, adapter)
+    if not layers:
+        raise ValueError(f"the model has no adapter {adapter!r} any more: it cannot be saved")
+    pickled = folder / "adapter_model.bin"
+    if pickled.exists() and not (folder / TENSOR_FILE).exists():
+        raise ValueError(
+            f"PEFT has written {pickled} (safe_serialization=False), but osora's adapters are never pickled: "
+            "remove it, and save again without that option"
+        )
+    for name, layer in layers.items():
+        _check(name, layer, adapter)
+    with ThreadPoolExecutor(max(1, torch.get_num_threads())) as pool:  # hashing leaves the interpreter's lock
+        modules = list(pool.map(lambda item: _describe(item[0], item[1], adapter), layers.items()))
+    if (folder / TENSOR_FILE).is_file():
+        _mend(folder / TENSOR_FILE, config, model, adapter, layers)
+    write_config(folder, options | {BLOCK: block_of(modules, config.save_basis)})
+
+
+def _check(name: str, layer: AdapterLayer, adapter: str) -> None:
+    layer.settle()
+    for key, tensor in layer.named_parameters():
+        if hasattr(tensor, "full_tensor"):  # a DTensor, as FSDP2 makes it
+            raise ValueError(
+                f"{name}.{key} is sharded over processes; load full_tensor() of every entry of its state_dict into an "
+                "unsharded copy of the model, and save that"
+            )
+    U, V, _ = layer.basis(adapter)
+    for kind, value in (layer.values(adapter) | {"U": U, "V": V}).items():
+        if not bool(value.isfinite().all()):
+            raise ValueError(f"{name}.{kind} has NaN or infinite values; the adapter cannot be loaded again")
+
+
+def _describe(name: str, layer: AdapterLayer, adapter: str) -> dict[str, Any]:
+    return describe(
+        name,
+        layer.kept_weight,
+        layer.basis(adapter),
+        layer.delta_factors(adapter),
+        layer.values(adapter),
+        layer.has[adapter].certificate,
+    )
+
+
+# -- what some versions of PEFT leave out, or put in too much ----------------------------------------------------------
+
+
+def _biases(config: AdapterConfig, model: nn.Module, layers: Mapping[str, AdapterLayer]) -> dict[str, Tensor]:
+    """The trained biases by their names in the file; PEFT before 0.21 does not save them for a new method."""
+    if config.bias == "none":
+        return {}
+    if config.bias == "all":
+        found: dict[str, Tensor] = {
+            name: tensor for name, tensor in model.named_parameters() if name.rpartition(".")[2] == "bias"
+        }
+    else:
+        found = {f"{name}.base_layer.bias": layer.bias for name, layer in layers.items() if layer.bias is not None}
+    return {f"base_model.model.{name}": tensor.detach() for name, tensor in found.items()}
+
+
+def _mend(
+    path: Path, config: AdapterConfig, model: nn.Module, adapter: str, layers: Mapping[str, AdapterLayer]
+) -> None:
+    """Make the file hold what it should, if it does not: PEFT 0.18 writes all adapters' tensors into each file."""
+    method = METHODS[config.method.upper()]
+    kinds = (*method.values, *(("U", "V") if config.save_basis else ()))
+    own = {method.key(name, kind) for name in layers for kind in kinds}
+    biases = _biases(config, model, layers)
+    with safe_open(path, framework="pt") as file:
+        there = set(file.keys())
+    foreign = {key for key in there - own if f".{config.method}_" in key}
+    if not foreign and not biases.keys() - there:
+        return
+    tensors = {key: tensor for key, tensor in load_file(path).items() if key not in foreign}
+    tensors |= {key: tensor.to("cpu").contiguous() for key, tensor in biases.items()}
+    with temporary_beside(path) as new:
+        save_file(tensors, new, metadata={"format": "pt"})
+        finish(new)
+        new.replace(path)
+
+
+__all__ = ["layers_of", "save"]
