@@ -212,7 +212,9 @@ class AdapterModel(BaseTuner):
         for layer in layers:  # merged already: PEFT's own call finds nothing to do
             layer.has.clear()
             layer.set_adapter([])
-        return super()._unload_and_optionally_merge(merge=merge, **kwargs)
+        plain = super()._unload_and_optionally_merge(merge=merge, **kwargs)
+        self.model.__dict__.pop("peft_config", None)  # PEFT 0.18 leaves it there
+        return plain
 
     # -- a batch of several --
 
