@@ -1,14 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""OSoRA as a method of PEFT (docs/peft.md). Importing this registers it; PEFT loads adapters only after that."""
+"""OSoRA and SORSA as methods of PEFT (docs/peft.md). The import registers them: PEFT loads adapters only then."""
 
 try:
     import peft as _peft
 except ImportError as error:
     raise ImportError('osora.peft needs PEFT 0.18 or newer: pip install "peft>=0.18"') from error
 
-from osora.peft.config import OsoraConfig
-from osora.peft.layer import OsoraLinear
-from osora.peft.model import OsoraModel
+from osora.peft.config import OsoraConfig, SorsaConfig
+from osora.peft.layer import OsoraLinear, SorsaLinear
+from osora.peft.model import OsoraModel, SorsaModel
 from osora.peft.registry import register
 
 _release = tuple(int(part) for part in _peft.__version__.split(".")[:2])
@@ -16,5 +16,6 @@ if _release < (0, 18):
     raise ImportError(f"osora.peft needs PEFT 0.18 or newer, and {_peft.__version__} is installed: pip install -U peft")
 
 register("osora", OsoraConfig, OsoraModel)
+register("sorsa", SorsaConfig, SorsaModel)
 
-__all__ = ["OsoraConfig", "OsoraLinear", "OsoraModel"]
+__all__ = ["OsoraConfig", "OsoraLinear", "OsoraModel", "SorsaConfig", "SorsaLinear", "SorsaModel"]

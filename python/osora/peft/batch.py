@@ -8,7 +8,7 @@ import torch
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
-from osora.formulas import Basis, OsoraFormula
+from osora.formulas import Basis
 from osora.peft.layer import AdapterLayer
 from osora.rows import EachInTurn, InOneOperator, OneAdapter, RowAdapters
 
@@ -45,7 +45,7 @@ class _Tables:
         device = deltas[0][0].device
         dropout = any(layer.has[name].dropout > 0 for name in here)
         common = len(self.names), dropout, any(p.requires_grad for each in deltas for p in each)
-        if any(layer.has[name].formula != OsoraFormula() for name in here):
+        if any(not layer.has[name].formula.standard for name in here):
             each = []
             for name, own in zip(here, deltas, strict=True):
                 rows = self._integers([i for i, row in enumerate(self.names) if row == name], device)

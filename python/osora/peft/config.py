@@ -165,6 +165,7 @@ class OsoraConfig(AdapterConfig):
     Args:
         r, target_modules, exclude_modules, dropout, tol, seed, rank_pattern, layers_to_transform, rank_for_energy:
             as in :class:`osora.OsoraConfig`. ``target_modules=None`` is "all-linear".
+        train, side, initial_o: as in :class:`osora.OsoraConfig` (docs/ablations.md).
         layers_pattern: name of the list of layers, where ``layers_to_transform`` cannot tell it.
         bias: "none", "all", or "osora_only" for the biases of adapted layers.
         modules_to_save: modules to train and save whole.
@@ -178,5 +179,28 @@ class OsoraConfig(AdapterConfig):
 
     native_class: ClassVar[type[native.AdapterConfig]] = native.OsoraConfig
 
+    train: str = field(default="both", metadata={"help": '"both", or "o" or "s" alone.'})
+    side: str = field(default="output", metadata={"help": '"output" or "input", of O.'})
+    initial_o: float | str = field(default=1.0, metadata={"help": "What O starts at."})
 
-__all__ = ["AdapterConfig", "OsoraConfig"]
+
+@dataclass
+class SorsaConfig(AdapterConfig):
+    """SORSA as a PEFT method: the options of :class:`osora.SorsaConfig`, and those that :class:`OsoraConfig` lists.
+
+    Args:
+        alpha, gamma, regularizer: as in :class:`osora.SorsaConfig`. The penalty needs nothing in the training loop.
+        bias: "none", "all", or "sorsa_only" for the biases of adapted layers.
+
+    Raises:
+        TypeError, ValueError: a value of the wrong type or out of range, naming it.
+    """
+
+    native_class: ClassVar[type[native.AdapterConfig]] = native.SorsaConfig
+
+    alpha: float | None = field(default=None, metadata={"help": "The change is scaled by alpha / r; None is 1."})
+    gamma: float = field(default=native.SorsaConfig.gamma, metadata={"help": "Weight of the orthonormality penalty."})
+    regularizer: str = field(default=native.SorsaConfig.regularizer, metadata={"help": '"squared" or "paper".'})
+
+
+__all__ = ["AdapterConfig", "OsoraConfig", "SorsaConfig"]

@@ -5,8 +5,8 @@ from collections.abc import Sequence
 
 import torch
 
-from osora.adapted import oriented_weight
 from osora.adapter_file import AdapterError, Description
+from osora.bases import base_weight, dense_weight
 from osora.checkpoint import rank_decomposed
 from osora.evidence import check_bases
 from osora.patch import decompose_targets, with_enough
@@ -17,11 +17,10 @@ from osora.targets import Target
 
 def empty_basis(layer: AdapterLayer, name: str) -> None:
     """A basis of NaN for an adapter whose changes are there, to be filled by what follows or from a file."""
-    weight, rank = oriented_weight(layer.base_layer), layer.box("s")[name].weight.numel()
+    weight, rank, nan = base_weight(layer.base_layer), layer.box("s")[name].weight.numel(), float("nan")
     shapes = (layer.out_features, rank), (layer.in_features, rank)
-    U, V = (weight.new_full(shape, float("nan")) for shape in shapes)
-    S0 = torch.full((rank,), float("nan"), dtype=layer.exact, device=weight.device)
-    layer.put_basis(name, (U, V, S0))
+    U, V = (torch.full(shape, nan, dtype=weight.dtype, device=weight.device) for shape in shapes)
+    layer.put_basis(name, (U, V, torch.full((rank,), nan, dtype=layer.exact, device=weight.device)))
 
 
 def fill(layers: Sequence[AdapterLayer], name: str, config: AdapterConfig) -> None:
@@ -63,7 +62,7 @@ def _fit(layer: AdapterLayer, name: str, config: AdapterConfig) -> None:
     if config.rank_for_energy is None:
         return
     U, V, S0 = layer.basis(name)
-    norm = torch.linalg.vector_norm(layer.kept_weight.detach(), dtype=torch.float64)
+    norm = torch.linalg.vector_norm(dense_weight(layer.base()).detach(), dtype=torch.float64)
     rank = with_enough(Target((layer.name,), layer.base_layer, S0.numel()), S0, norm, config.rank_for_energy).rank
     if rank == S0.numel():
         return
@@ -94,7 +93,7 @@ def await_file(layers: Sequence[AdapterLayer], name: str, config: AdapterConfig,
     if missing := sorted(set(description.modules) - {layer.name for layer in layers}):
         raise AdapterError(f"the adapter is for {missing[0]}, which this model does not have as a linear layer")
     items = [description.modules[layer.name] for layer in layers]
-    check_bases(items, [layer.kept_weight for layer in layers], stacklevel=8)
+    check_bases(items, [layer.base() for layer in layers], stacklevel=8)
     if description.save_basis:
         return
     native, there = config.native(), {layer.name: layer for layer in layers}

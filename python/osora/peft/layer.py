@@ -12,10 +12,12 @@ from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
 
 from osora import reference
-from osora.adapted import adapted_linear, has_hooks, is_conv1d, oriented_weight
+from osora.adapted import adapted_linear, has_hooks
 from osora.adapter_file import Description
+from osora.bases import base_weight, is_conv1d, is_quantised, oriented_weight
 from osora.factors import Decomposition
 from osora.formulas import Basis, Formula
+from osora.quantised import AsItWas, Kept, kind_of, restore
 from osora.rows import RowAdapters
 
 
@@ -62,7 +64,7 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
     share its memory: one of smaller rank holds views of the leading columns. The base weight is never written.
 
     Args:
-        base_layer: ``torch.nn.Linear`` or transformers' ``Conv1D``.
+        base_layer: ``torch.nn.Linear``, transformers' ``Conv1D``, or a quantised layer that is known.
         name: its name in the model without PEFT around it.
     """
 
@@ -74,10 +76,10 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
         super().__init__()
         self.base_layer = base_layer
         self.name = name
-        self.out_features, self.in_features = oriented_weight(base_layer).shape
+        self.out_features, self.in_features = base_weight(base_layer).shape
         self.has: dict[str, Adapter] = {}
         self.batch: Sequence[tuple[RowAdapters, Basis]] | None = None  # within a batch of several adapters
-        self._kept: list[nn.Parameter] = []  # the base weight while a merged one stands in its place
+        self._kept: list[Kept] = []  # the base weight while a merged one stands in its place
         self._disable_adapters = False
         self.merged_adapters = []
         self.frozen_peft_weight_names = {}
@@ -96,7 +98,7 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
     @property
     def exact(self) -> torch.dtype:
         """The dtype of what is trained, and of S0."""
-        return reference.accumulate_dtype(self.base_layer.weight.dtype)  # type: ignore[arg-type]
+        return reference.accumulate_dtype(base_weight(self.base_layer).dtype)
 
     def basis(self, name: str) -> Basis:
         """U [d, r], V [k, r] and S0 [r] of an adapter."""
@@ -124,14 +126,14 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
 
     def put_factors(self, name: str, factors: Decomposition) -> None:
         """Give an adapter the basis of a decomposition, in the dtypes and on the device of the base weight."""
-        weight = oriented_weight(self.base_layer)
-        U, V = (t.detach().to(weight).contiguous() for t in (factors.U, factors.V))
+        weight = base_weight(self.base_layer)
+        U, V = (t.detach().to(weight.device, weight.dtype).contiguous() for t in (factors.U, factors.V))
         self.put_basis(name, (U, V, factors.S.detach().to(weight.device, self.exact)))
         self.has[name].certify(factors)
 
     def add(self, name: str, adapter: Adapter, rank: int, fill: float = 0.0) -> None:
         """Make the trained tensors of a new adapter, all ``fill``; its basis comes with one of the two above."""
-        device: Any = self.base_layer.weight.device
+        device = base_weight(self.base_layer).device
         self.has[name] = adapter
         for kind, shape in adapter.formula.shapes(self.out_features, self.in_features, rank).items():
             self.box(kind)[name] = Change(torch.full(shape, fill, dtype=self.exact, device=device))
@@ -178,6 +180,10 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
             if adapter.awaited is not None:
                 loading.check_arrived(self, name)
 
+    def penalised(self, adapter: str) -> list[tuple[nn.Parameter, Tensor]]:
+        """Factors under SORSA's penalty, each with its start; see :mod:`osora.regularizer`."""
+        return self.has[adapter].formula.penalised(self.basis(adapter), self.deltas(adapter))  # type: ignore[return-value]
+
     # -- what PEFT calls --
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -212,7 +218,7 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
         y = None
         for rows, basis in self.batch:
             rows.check(x, self.training)
-            if y is None and not has_hooks(self.base_layer):
+            if y is None and not has_hooks(self.base_layer) and not is_quantised(self.base_layer):
                 y = rows.linear(x, oriented_weight(self.base_layer), self.bias, basis)
             else:
                 y = rows.add(self.base_layer(x) if y is None else y, x, basis)
@@ -256,12 +262,9 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
 
     # -- merging --
 
-    @property
-    def kept_weight(self) -> Tensor:
-        """The base weight [out_features, in_features], also while a merged one stands in its place."""
-        if not self._kept:
-            return oriented_weight(self.base_layer)
-        return self._kept[0].t() if is_conv1d(self.base_layer) else self._kept[0]
+    def base(self) -> Any:
+        """The base layer or, while a merged weight is in it, what it was, for the functions of osora.bases."""
+        return AsItWas(self.base_layer, self._kept[0]) if self._kept else self.base_layer
 
     @torch.no_grad()
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
@@ -279,7 +282,13 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
         new = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.has]
         if not new:
             return
-        base = self._kept[0] if self._kept else self.base_layer.weight
+        if (kind := kind_of(self.base_layer)) is not None:
+            raise ValueError(
+                f"{self.name}: the base weight is quantised ({kind.name(self.base_layer)}), and merging would round "
+                "most of the adapter away: run it unmerged, or load the adapter natively (osora.load_adapter) and call "
+                "osora.merge(model, requantize=True)"
+            )
+        base = self._kept[0].weight if self._kept else self.base_layer.weight
         assert isinstance(base, nn.Parameter)
         total = base.to(self.exact)
         for name in [*self.merged_adapters, *new]:
@@ -291,7 +300,7 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
                 f"{', '.join(new)} seems to be broken"
             )
         self.base_layer.weight = nn.Parameter(merged.contiguous(), requires_grad=False)
-        self._kept = [base]
+        self._kept = [Kept(base)]
         self.merged_adapters = [*self.merged_adapters, *new]
 
     def unmerge(self) -> None:
@@ -299,7 +308,7 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
         if not self._kept:
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
             return
-        self.base_layer.weight = self._kept.pop()
+        restore(self.base_layer, self._kept.pop())
         self.merged_adapters = []
 
     # -- moves and copies --
@@ -323,7 +332,7 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
         before = {name: self.values(name) for name in self.has}
         shared = self.widest()
         for kept in self._kept:
-            kept.data = fn(kept.data)
+            kept.weight.data = fn(kept.weight.data)
         super()._apply(fn, recurse)
         for name, values in before.items():
             self._restore(name, values)
@@ -369,4 +378,13 @@ class OsoraLinear(AdapterLayer):
     other_param_names = ("osora_S0", "osora_U", "osora_V")
 
 
-__all__ = ["Adapter", "AdapterLayer", "OsoraLinear"]
+class SorsaLinear(AdapterLayer):
+    """With SORSA adapters: ``ΔW = U diag(S) Vᵀ − U0 diag(S0) V0ᵀ``; trained are u, s and v, the changes."""
+
+    method = "sorsa"
+    trained = ("u", "s", "v")
+    adapter_layer_names = ("sorsa_u", "sorsa_s", "sorsa_v")
+    other_param_names = ("sorsa_S0", "sorsa_U", "sorsa_V")
+
+
+__all__ = ["Adapter", "AdapterLayer", "OsoraLinear", "SorsaLinear"]

@@ -16,9 +16,12 @@ from osora.peft import loading
 from osora.peft.batch import rows_of_adapters
 from osora.peft.config import AdapterConfig
 from osora.peft.filling import await_file, empty_basis, fill
-from osora.peft.layer import Adapter, AdapterLayer, OsoraLinear
+from osora.peft.layer import Adapter, AdapterLayer, OsoraLinear, SorsaLinear
 from osora.peft.saving import layers_of
+from osora.regularizer import Penalty
 from osora.targets import bypassed, check_is_linear, check_not_bypassed, check_not_tied, weight_holders
+
+_PENALTIES = "_osora_penalties"  # of the model without PEFT around it: adapter's name -> its penalty
 
 
 class AdapterModel(BaseTuner):
@@ -98,6 +101,15 @@ class AdapterModel(BaseTuner):
         finally:
             del self._made, self._holders, self._bypassed, self._also
         config.settle_in(model, adapter_name)
+        self._penalise(model, adapter_name, layers, config)
+
+    @staticmethod
+    def _penalise(model: nn.Module, name: str, layers: list[AdapterLayer], config: Any) -> None:
+        """SORSA's penalty counts as long as it lives, which is as long as the model has the adapter."""
+        penalties = model.__dict__.setdefault(_PENALTIES, {})
+        penalties.pop(name, None)
+        if any(layer.has[name].formula.penalised(layer.basis(name), layer.deltas(name)) for layer in layers):
+            penalties[name] = Penalty(layers, name, config.gamma, config.regularizer)  # type: ignore[arg-type]
 
     def _create_and_replace(  # type: ignore[override]
         self,
@@ -174,8 +186,14 @@ class AdapterModel(BaseTuner):
                 parent, _, last = key.rpartition(".")
                 setattr(model.get_submodule(parent), last, layer.base_layer)
         self.peft_config.pop(name, None)
+        model.__dict__.get(_PENALTIES, {}).pop(name, None)
         if not self.peft_config and "peft_config" in model.__dict__:
             del model.peft_config
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Forget an adapter. Raises ValueError for one that is not there, or is merged."""
+        super().delete_adapter(adapter_name)
+        self.model.__dict__.get(_PENALTIES, {}).pop(adapter_name, None)
 
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
         """Merge adapters into all layers or, if one cannot be, into none. See :meth:`AdapterLayer.merge`."""
@@ -214,6 +232,7 @@ class AdapterModel(BaseTuner):
             layer.set_adapter([])
         plain = super()._unload_and_optionally_merge(merge=merge, **kwargs)
         self.model.__dict__.pop("peft_config", None)  # PEFT 0.18 leaves it there
+        self.model.__dict__.pop(_PENALTIES, None)
         return plain
 
     # -- a batch of several --
@@ -243,4 +262,12 @@ class OsoraModel(AdapterModel):
     layer_class = OsoraLinear
 
 
-__all__ = ["AdapterModel", "OsoraModel"]
+class SorsaModel(AdapterModel):
+    """SORSA for PEFT. The steps of optimisers add the penalty's gradient (:mod:`osora.regularizer`)."""
+
+    prefix = "sorsa_"
+    tuner_layer_cls = SorsaLinear
+    layer_class = SorsaLinear
+
+
+__all__ = ["AdapterModel", "OsoraModel", "SorsaModel"]

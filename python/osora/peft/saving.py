@@ -69,7 +69,7 @@ def _check(name: str, layer: AdapterLayer, adapter: str) -> None:
 def _describe(name: str, layer: AdapterLayer, adapter: str) -> dict[str, Any]:
     return describe(
         name,
-        layer.kept_weight,
+        layer.base(),
         layer.basis(adapter),
         layer.delta_factors(adapter),
         layer.values(adapter),
