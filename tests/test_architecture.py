@@ -22,9 +22,9 @@ LAYERS = [
     | {"quantised", "bases"},
     {"adapted", "layers", "evidence", "targets", "regularizer", "stream", "schedule"},
     {"weights"},
-    {"adapters", "patch", "summary", "checkpoint", "merge", "distributed", "execution", "estimate"} | {"training"},
-    {"saved", "base_folder", "merge_saved", "export", "sharing"},
-    {"cli", "peft", "trainer", "analysis", "plots"},
+    {"adapters", "checkpoint", "distributed", "estimate", "execution", "merge", "patch", "summary", "training"},
+    {"base_folder", "export", "merge_saved", "saved", "sharing", "verify"},
+    {"__main__", "analysis", "cli", "peft", "plots", "trainer"},
 ]
 LEAVES = LAYERS[-1]
 LEVEL = {module: level for level, layer in enumerate(LAYERS) for module in layer}

@@ -27,6 +27,8 @@ from osora.sharing import share_base
 from osora.spectrum import Spectrum, rank_for_energy, spectrum
 from osora.summary import Summary, summary
 from osora.training import orthonormality, parameter_groups
+from osora.training import orthonormality
+from osora.verify import ModuleCheck, Verification, verify_adapter
 
 build_info = _C.build_info
 __version__ = build_info()["version"]
@@ -40,6 +42,7 @@ __all__ = [
     "Estimate",
     "Machine",
     "MergedFolder",
+    "ModuleCheck",
     "OsoraConfig",
     "SavedModule",
     "SorsaConfig",
@@ -47,6 +50,7 @@ __all__ = [
     "Summary",
     "SvdPlan",
     "TruncatedSVD",
+    "Verification",
     "WeightChange",
     "__version__",
     "active_adapter",
@@ -80,6 +84,7 @@ __all__ = [
     "svd_plan",
     "truncated_svd",
     "unmerge",
+    "verify_adapter",
     "weight_change",
     "weight_changes",
 ]

@@ -22,7 +22,7 @@ from osora.adapter_file import METHODS as FILE_METHODS
 from osora.adapter_file import AdapterError, Description, block_of, method_options, read_adapter, write_adapter
 from osora.bases import base_weight
 from osora.config import METHODS, AdapterConfig
-from osora.evidence import check_bases, check_rebuilt, check_shared, describe
+from osora.evidence import check_bases, check_rebuilt, check_shared, check_stored, describe
 from osora.factors import Decomposition, check_max_memory
 from osora.formulas import formula_of
 from osora.layers import make_layer
@@ -287,7 +287,9 @@ def load_adapter(
             layer.S0.copy_(saved["S0"])
             for parameter, value in zip(layer.deltas(name), formula.named(saved), strict=True):
                 parameter.copy_(value)
-        if not description.save_basis:
+        if description.save_basis:
+            check_stored(item, layer.basis(), layer.delta_factors(name), saved["S0"])
+        else:
             check_rebuilt(item, layer.basis(), layer.delta_factors(name), saved["S0"], config.tol)
         new.append((target, layer))
 

@@ -40,9 +40,12 @@ def _checked_int(where: str, value: Any, least: int) -> int:
 
 
 def _checked_float(where: str, value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        raise TypeError(f"{where} must be a finite number, got {value!r}")
-    return float(value)
+    try:
+        if not isinstance(value, bool) and isinstance(value, int | float) and math.isfinite(value):
+            return float(value)
+    except OverflowError:  # an int beyond every float
+        pass
+    raise TypeError(f"{where} must be a finite number, got {value!r}")
 
 
 def _check_one_of(where: str, value: Any, allowed: tuple[str, ...]) -> None:

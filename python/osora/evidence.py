@@ -179,17 +179,35 @@ def check_rebuilt(
     )
 
 
+def _allowed(described: Mapping[str, Any], dtype: torch.dtype, tol: float) -> float:
+    """What a basis in ``dtype``, exact to ``tol``, may change in an adapter that was saved with another, relative."""
+    allowed, saved_dtype = _rebuilt_allows(tol), getattr(torch, described["dtype"], None)
+    if saved_dtype not in _FLOATS:
+        raise AdapterError(f"{described['name']}: dtype must be a floating-point type, got {described['dtype']!r}")
+    if saved_dtype != dtype:
+        # U and V are rounded, an error of sqrt(2) units; a sketch may see some six times its root mean square
+        units = [fingerprint.rounding_unit(dtype) for dtype in (saved_dtype, dtype)]
+        allowed = max(allowed, 6 * math.sqrt(2) * max(units))
+    return allowed
+
+
+def check_stored(described: Mapping[str, Any], basis: Basis, delta: tuple[Tensor, Tensor], S0: Tensor) -> None:
+    """Raise AdapterError unless tensors and options of the file together give the change that was saved."""
+    _check_basis(
+        described,
+        basis,
+        delta,
+        S0,
+        _allowed(described, basis[0].dtype, 0.0),
+        "the file's tensors do not give the adapter that was saved ({}): its options were changed, or its fingerprints",
+    )
+
+
 def check_shared(
     described: Mapping[str, Any], basis: Basis, delta: tuple[Tensor, Tensor], S0: Tensor, tol: float
 ) -> None:
     """Raise AdapterError unless a model's basis, exact to ``tol``, can stand for the one that the adapter came with."""
-    U, allowed, saved_dtype = basis[0], _rebuilt_allows(tol), getattr(torch, described["dtype"], None)
-    if saved_dtype not in _FLOATS:
-        raise AdapterError(f"{described['name']}: dtype must be a floating-point type, got {described['dtype']!r}")
-    if saved_dtype != U.dtype:
-        # U and V are rounded, an error of sqrt(2) units; a sketch may see some six times its root mean square
-        units = [fingerprint.rounding_unit(dtype) for dtype in (saved_dtype, U.dtype)]
-        allowed = max(allowed, 6 * math.sqrt(2) * max(units))
+    allowed = _allowed(described, basis[0].dtype, tol)
     _check_basis(
         described,
         basis,
@@ -201,4 +219,4 @@ def check_shared(
     )
 
 
-__all__ = ["check_bases", "check_rebuilt", "check_shared", "describe"]
+__all__ = ["check_bases", "check_rebuilt", "check_shared", "check_stored", "describe"]

@@ -1,0 +1,104 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the commands say: tables or one JSON object on stdout, progress and warnings on stderr, and the exit code."""
+
+import json
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+from rich.text import Text
+
+from osora import AdapterError, ConvergenceError
+
+REFUSED, UNUSABLE, MISSING, INTERRUPTED = 1, 2, 3, 130
+
+
+class Output:
+    """Where a command's words go."""
+
+    def __init__(self, as_json: bool) -> None:
+        """``as_json``: one object on stdout, and no bars."""
+        self.as_json = as_json
+        self.out, self.err = Console(highlight=False), Console(stderr=True, highlight=False)
+        self.warnings: list[str] = []
+
+    def say(self, text: str) -> None:
+        """A line for a person."""
+        if not self.as_json:
+            self.out.print(Text(text))
+
+    def table(self, rows: dict[str, str], title: str) -> None:
+        """Names and values."""
+        if self.as_json:
+            return
+        table = Table(title=Text(title), title_justify="left", show_header=False, title_style="bold")
+        table.add_column(style="cyan", no_wrap=True)
+        table.add_column(overflow="fold")
+        for name, value in rows.items():
+            table.add_row(name, Text(value))
+        self.out.print(table)
+
+    def finish(self, result: dict[str, Any]) -> None:
+        """The JSON object, if that is what was asked for."""
+        if self.as_json:
+            print(json.dumps(result | {"warnings": self.warnings}, indent=2, ensure_ascii=False))
+
+    @contextmanager
+    def bar(self, what: str) -> Iterator[Any]:
+        """A progress bar on stderr; gives a function of (done, of all)."""
+        columns = (TextColumn("[bold]{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+        with Progress(*columns, console=self.err, disable=self.as_json or not self.err.is_terminal) as progress:
+            task = progress.add_task(what, total=None)
+            yield lambda done, of: progress.update(task, completed=done, total=of)
+
+    @property
+    def bars(self) -> bool | None:
+        """For functions with a ``progress`` option."""
+        return False if self.as_json else None
+
+
+@contextmanager
+def command(as_json: bool) -> Iterator[Output]:
+    """The frame of every command: warnings become lines, expected errors become one line and an exit code."""
+    output = Output(as_json)
+
+    def show(message: Warning | str, *_: Any, **__: Any) -> None:
+        output.warnings.append(str(message))
+        output.err.print(Text(f"warning: {message}", style="yellow"))
+
+    def fail(error: BaseException, code: int) -> typer.Exit:
+        text = str(error) or type(error).__name__
+        output.finish({"error": text, "exit_code": code})
+        if not as_json:
+            output.err.print(Text(f"error: {text}", style="bold red"))
+        return typer.Exit(code)
+
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("always", RuntimeWarning)
+            warnings.showwarning = show  # type: ignore[assignment]
+            yield output
+    except (AdapterError, ConvergenceError) as error:
+        raise fail(error, REFUSED) from error
+    except ModuleNotFoundError as error:
+        needs = ModuleNotFoundError(f"this command needs the package {error.name!r}: pip install 'osora[cli]'")
+        raise fail(needs, MISSING) from error
+    except (OSError, ValueError, TypeError) as error:
+        raise fail(error, UNUSABLE) from error
+    except KeyboardInterrupt as error:
+        raise fail(error, INTERRUPTED) from error
+
+
+def whole_bytes(count: int) -> str:
+    """A size for people."""
+    size = float(count)
+    for unit in ("B", "kB", "MB", "GB"):
+        if size < 1000:
+            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
+        size /= 1000
+    return f"{size:.1f} TB"
