@@ -260,6 +260,24 @@ def load(folder: Path, x: Tensor) -> Tensor | Exception:
         return error
 
 
+FOUND = {
+    "an int beyond every float as a residual": lambda c: c["osora"]["modules"][1].update(max_residual=10**400),
+    "an int beyond every float as an option": lambda c: c.update(dropout=10**400),
+    "a residual that is no number": lambda c: c["osora"]["modules"][0].update(max_residual=float("nan")),
+    "another scale": lambda c: c.update(alpha=2.9),
+    "no scale": lambda c: c.update(alpha=None),
+}
+
+
+@pytest.mark.parametrize("found", FOUND)
+def test_what_longer_runs_of_the_generator_have_found(found, tmp_path):
+    model = osora.attach(Net(), SorsaConfig(r=4, alpha=3.0))
+    osora.save_adapter(move_adapter(model), tmp_path)
+    edit(tmp_path, FOUND[found])
+    with pytest.raises(AdapterError):
+        osora.load_adapter(Net(), tmp_path)
+
+
 @pytest.mark.parametrize("save_basis", [True, False], ids=["basis", "no basis"])
 @pytest.mark.parametrize("method", ["osora", "sorsa"])
 def test_damaged_adapters_load_right_or_are_refused(method, save_basis, tmp_path):

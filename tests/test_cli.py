@@ -3,13 +3,14 @@
 
 import json
 import os
+import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
-from adapters import edit_tensors, key
 from helpers import move_adapter, run_python, tiny_gpt2, tiny_llama
 from safetensors.torch import load_file
 
@@ -85,9 +86,11 @@ def test_verify(name, folders):
 
 
 def test_verify_finds_what_loading_believes(folders):
-    """A basis that was exchanged together with its digests."""
-    name = key("model.layers.1.mlp.up_proj", "U")
-    edit_tensors(folders / "adapter", lambda t: t.update({name: t[name] + 0.01 * torch.randn(56, 5)}))
+    """A basis that is not the weight's, saved with fingerprints that fit it."""
+    model = osora.attach(tiny_llama(), osora.OsoraConfig(r=5, tol=1e-4))
+    model.model.layers[1].mlp.up_proj.U.add_(0.01 * torch.randn(56, 5))
+    osora.save_adapter(model, folders / "adapter")
+    osora.load_adapter(tiny_llama(), folders / "adapter")
     text = osora_says("verify", folders / "adapter", folders / "base", code=1)
     assert "layers.1.mlp.up_proj: residual" in text and "1 LAYERS ARE LESS EXACT" in text
     found = osora_json("verify", folders / "adapter", folders / "base", code=1)
@@ -114,9 +117,9 @@ def test_merge(folders):
     assert len(found["merged"]) == 14 and found["left_out"] == []
     model = osora.load_adapter(tiny_llama(), folders / "adapter")
     wish = osora.detach(model, merged=True).state_dict()
-    for name in ("out", "out2"):
-        merged = load_file(folders / name / "model.safetensors")
-        assert all(torch.equal(tensor, wish[key]) for key, tensor in merged.items())
+    for out in ("out", "out2"):
+        merged = load_file(folders / out / "model.safetensors")
+        assert all(torch.equal(tensor, wish[name]) for name, tensor in merged.items())
 
 
 def test_export_lora(folders):
@@ -203,3 +206,20 @@ from osora.cli import main
 print(main(["info", "x"]))
 """
     assert run_python(program) == "3\n"
+
+
+def document_commands() -> list[list[str]]:
+    text = (Path(__file__).parents[1] / "docs/cli.md").read_text(encoding="utf-8")
+    lines = "".join(re.findall(r"^```sh\n(.*?)^```$", text, flags=re.MULTILINE | re.DOTALL)).splitlines()
+    return [shlex.split(line) for line in lines]
+
+
+def test_the_commands_of_the_document_run(folders, monkeypatch):
+    monkeypatch.chdir(folders)
+    (folders / "adapter").rename("my-adapter")
+    (folders / "base").rename("base-model")
+    commands = document_commands()
+    assert len(commands) >= 5
+    for words in commands:
+        assert words[0] == "osora"
+        osora_says(*words[1:])

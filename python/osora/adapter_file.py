@@ -8,6 +8,7 @@ which tensors belong to it; ``adapter_model.safetensors`` names the tensors as P
 import json
 import math
 import os
+import sys
 import tempfile
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -142,6 +143,10 @@ def _is_sketch(value: Any) -> bool:
     return len(value) == fingerprint.PROBES and all(isinstance(v, float) and math.isfinite(v) for v in value)
 
 
+def _is_size(value: Any) -> bool:
+    return 0 <= value <= sys.float_info.max  # an int may be beyond every float
+
+
 def _read_json(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise FileNotFoundError(f"no adapter here: {path} does not exist")
@@ -202,6 +207,8 @@ def _check_module(path: Path, module: Any) -> None:
         value = module.get(key) if isinstance(module, dict) else None
         if not isinstance(value, kind) and not (kind is float and isinstance(value, int)):
             raise AdapterError(f"{path}: a module's {key} is missing or no {kind.__name__}")
+        if kind is float and not _is_size(value):
+            raise AdapterError(f"{path}: a module's {key} must be a finite number from 0 on")
         if kind is list and not _is_sketch(value):
             raise AdapterError(f"{path}: a module's {key} must be {fingerprint.PROBES} finite numbers")
     if not isinstance(module.get("quantization", ""), str):
