@@ -27,7 +27,6 @@ from osora.sharing import share_base
 from osora.spectrum import Spectrum, rank_for_energy, spectrum
 from osora.summary import Summary, summary
 from osora.training import orthonormality, parameter_groups
-from osora.training import orthonormality
 from osora.verify import ModuleCheck, Verification, verify_adapter
 
 build_info = _C.build_info

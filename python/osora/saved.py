@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """An adapter on disk, looked at without its base model: what it is, and the changes of weights that it holds."""
 
-import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
@@ -101,13 +100,10 @@ def adapter_info(folder: str | os.PathLike[str]) -> AdapterInfo:
         AdapterError: a damaged or foreign file.
     """
     folder = Path(folder)
-    description = read_adapter(folder).description
-    config = config_of(description)
-    formula, numbers = formula_of(config), 0
-    for item in description.modules.values():
-        sizes = item["out_features"], item["in_features"], item["rank"]
-        shapes = formula.shapes(*sizes)
-        numbers += sum(math.prod(shapes[kind]) for kind in formula.trained)
+    saved = read_adapter(folder)
+    description, config = saved.description, config_of(saved.description)
+    trained = formula_of(config).trained
+    numbers = sum(tensors[kind].numel() for tensors in saved.tensors.values() for kind in trained)
     return AdapterInfo(
         folder,
         description.method.name,
