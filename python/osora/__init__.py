@@ -14,6 +14,7 @@ from osora.adapters import (
 from osora.analysis import ChangeRecorder, Changes, WeightChange, weight_change, weight_changes
 from osora.checkpoint import AdapterError, load_adapter, save_adapter
 from osora.config import OsoraConfig, SorsaConfig
+from osora.counts import ModuleCount, ParameterCount, count_parameters
 from osora.estimate import Estimate, Machine, estimate
 from osora.execution import refresh, set_execution
 from osora.export import export_lora
@@ -42,7 +43,9 @@ __all__ = [
     "Machine",
     "MergedFolder",
     "ModuleCheck",
+    "ModuleCount",
     "OsoraConfig",
+    "ParameterCount",
     "SavedModule",
     "SorsaConfig",
     "Spectrum",
@@ -60,6 +63,7 @@ __all__ = [
     "add_adapter",
     "attach",
     "build_info",
+    "count_parameters",
     "detach",
     "disabled",
     "estimate",

@@ -120,7 +120,10 @@ def check_matrix(weight: Tensor, name: str) -> None:
     Its values are not looked at: the operator does that while it reads them.
     """
     if weight.is_meta:
-        raise ValueError(f"{name} is on the meta device and has no values: load the weights before decomposing them")
+        raise ValueError(
+            f"{name} is on the meta device and has no values: load the weights before decomposing them, or ask "
+            "osora.count_parameters for what would be trained"
+        )
     _check_dtype(weight.dtype, name)
     if weight.dim() < 2:
         raise ValueError(f"{name} must be a matrix [out_features, in_features], got shape {tuple(weight.shape)}")
