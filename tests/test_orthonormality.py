@@ -12,7 +12,7 @@ import torch
 from helpers import move_adapter, tiny_llama, token_ids
 from processes import on_processes
 from torch import Tensor, nn
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.nn.parallel import DistributedDataParallel
 
@@ -512,23 +512,25 @@ def whole(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
-WAYS = ["ddp", "ddp, gradients in buckets", "fsdp", "fsdp, in the loss", "zero"]
+WAYS = ["ddp", "ddp, gradients in buckets", "fsdp", "fsdp, in the loss", "fsdp, cast", "zero"]
 
 
 def take_step(rank: int) -> dict[tuple[str, float], list[Tensor]]:
     found = {}
     for way in WAYS:
         for gamma in (GAMMA, 0.0):
-            model = adapted(gamma)
+            cast = way.endswith("cast")
+            model = adapted(gamma, dtype=torch.float32 if cast else torch.float64)
             optimised, ids = model, batch(8).chunk(2)[rank]
             if way.startswith("ddp") or way == "zero":
                 optimised = DistributedDataParallel(
                     model, broadcast_buffers=False, gradient_as_bucket_view="buckets" in way
                 )
             else:
+                options = {"mp_policy": MixedPrecisionPolicy(param_dtype=torch.bfloat16)} if cast else {}
                 for block in model.model.layers:
-                    fully_shard(block)
-                fully_shard(model)
+                    fully_shard(block, **options)
+                fully_shard(model, **options)
             trained = osora.adapter_parameters(model)
             if way == "zero":
                 optimizer = ZeroRedundancyOptimizer(trained, torch.optim.SGD, lr=1.0)
@@ -554,7 +556,9 @@ def steps(tmp_path_factory: pytest.TempPathFactory) -> list[dict]:
 
 @pytest.mark.parametrize("way", WAYS)
 def test_two_processes_have_the_gradient_of_one(steps, way):
-    wish = penalty_gradients(adapted())
+    cast = way.endswith("cast")  # parameters are float32 then, and so are their differences, of numbers below one
+    wish = penalty_gradients(adapted(dtype=torch.float32 if cast else torch.float64))
+    tolerance = {"rtol": 1e-5, "atol": 1e-6} if cast else EXACT
     for found in steps:
         for with_it, without, gradient in zip(found[way, GAMMA], found[way, 0.0], wish, strict=True):
-            torch.testing.assert_close(without - with_it, gradient, **EXACT)
+            torch.testing.assert_close((without - with_it).double(), gradient, **tolerance)

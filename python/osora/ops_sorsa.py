@@ -192,7 +192,9 @@ def sorsa_linear(
             backward.
     """
     x, bias, cast = ops._autocast(x, bias)
-    cast = cast or (weight is None and ops._another_dtype(x, U0, V0))
+    # FSDP2's MixedPrecisionPolicy casts parameters to 16 bits, and leaves buffers, such as U0 and V0, in float32.
+    narrowed = x.dtype in ops._HALVES and U0.dtype == V0.dtype == torch.float32
+    cast = cast or (ops._another_dtype(x, U0, V0) if weight is None else narrowed and weight.dtype == x.dtype)
     inputs = (x, weight, bias, U0, S0, V0, u, s, v)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs):
         return _SorsaLinear.apply(cast, *inputs)
