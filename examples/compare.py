@@ -36,7 +36,7 @@ import compare_report
 import compare_timings
 from chat_data import DataError
 from compare_cells import OutOfTime, compare, result_of
-from compare_methods import METHODS
+from compare_methods import MAIN, METHODS
 from compare_tasks import TASKS
 from demo_assets import DemoAssetError
 
@@ -48,6 +48,7 @@ EPILOG = """\
 what is written to OUTPUT: cells/ (a JSON file a run), timings/ (by --timings), comparison.md, comparison.json,
 comparison.png (of all that is there so far).
 exit code: 0 all that was asked for is there, 2 wrong request or data, 3 out of --minutes: give the command again."""
+METHODS_NOTE = f" (default: all; SmolLM2 in the default size: {', '.join(MAIN)})"
 UNFINISHED = 3
 
 
@@ -58,7 +59,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     add = parser.add_argument
     add("--tasks", nargs="+", choices=TASKS, default=list(TASKS), help="default: all")
-    add("--methods", nargs="+", choices=METHODS, default=list(METHODS), metavar="NAME", help=", ".join(METHODS))
+    add("--methods", nargs="+", choices=METHODS, metavar="NAME", help=", ".join(METHODS) + METHODS_NOTE)
     add("--size", choices=("default", "full"), default="default", help="full: for a large machine, hours to days")
     add("--gsm8k", type=Path, metavar="FILE", help="GSM8K's train split as JSONL (default: part of the test split)")
     add("--wordnet", type=Path, metavar="FOLDER", default=compare_assets.WORDNET, help="holds data.noun")
@@ -82,6 +83,13 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     return arguments
 
 
+def methods_of(task: str, arguments: argparse.Namespace) -> list[str]:
+    """What was asked for. A language model's run is long: by default it has the main methods alone."""
+    if arguments.methods is not None:
+        return arguments.methods
+    return list(MAIN if task == "smollm2" and arguments.size == "default" else METHODS)
+
+
 def make_task(name: str, arguments: argparse.Namespace) -> object:
     """The task, its model and its rows loaded."""
     return TASKS[name](arguments.size, arguments.wordnet if name == "encoder" else arguments.gsm8k)
@@ -100,7 +108,7 @@ def work_here(arguments: argparse.Namespace) -> bool:
     try:
         for name in arguments.tasks:
             task = make_task(name, arguments)
-            for method in arguments.methods:
+            for method in methods_of(name, arguments):
                 compare(task, METHODS[method], lambda cell: result_of(cell, arguments.output, say, may_start))
     except OutOfTime:
         return False
@@ -126,7 +134,7 @@ def work_apart(arguments: argparse.Namespace) -> bool:
         environment = os.environ | {"OMP_NUM_THREADS": "1"}
         return subprocess.run(command, env=environment, check=False).returncode
 
-    pairs = [(task, method) for task in arguments.tasks for method in arguments.methods]
+    pairs = [(task, method) for task in arguments.tasks for method in methods_of(task, arguments)]
     with ThreadPoolExecutor(arguments.jobs) as pool:
         codes = list(pool.map(one, pairs))
     if failed := [pair for pair, code in zip(pairs, codes, strict=True) if code not in (0, UNFINISHED)]:
@@ -147,7 +155,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             return 0
         finished = True
         if arguments.timings:
-            compare_timings.measure(arguments, lambda *more: command_for(arguments, *more), say)
+            chosen = {task: methods_of(task, arguments) for task in arguments.tasks}
+            compare_timings.measure(chosen, arguments.output, lambda *more: command_for(arguments, *more), say)
         elif not arguments.report:
             finished = (work_here if arguments.jobs == 1 else work_apart)(arguments)
         if arguments.jobs > 1 or arguments.timings or arguments.report or finished:

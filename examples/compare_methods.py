@@ -123,6 +123,7 @@ def _nothing(model: nn.Module, targets: list[str], seed: int) -> Attached:
     return Attached([], refuse, refuse)
 
 
+MAIN = ("base", "osora", "sorsa", "lora", "pissa", "dora", "vera")  # without ablations and further ranks
 SMALL = (-7, -6, -5, -4)  # 3.2e-4 to 1e-2, for factors of a product
 LARGE = (-5, -4, -3, -2)  # 3.2e-3 to 1e-1, for scales around 1
 METHODS: dict[str, Method] = {

@@ -135,6 +135,7 @@ def _scatter(axes: Any, title: str, rows: list[dict[str, Any]]) -> None:
     axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axes.xaxis.set_major_formatter(EngFormatter(sep=""))
     axes.xaxis.set_minor_formatter(NullFormatter())
+    places: set[float] = set()
     for row in rows:
         if "loss" not in row:
             continue
@@ -144,7 +145,11 @@ def _scatter(axes: Any, title: str, rows: list[dict[str, Any]]) -> None:
             axes.axhline(mean, color=colour, linestyle="--", linewidth=1.5, label=row["label"])
             continue
         style = {"color": colour, "markersize": 9, "capsize": 4, "linewidth": 1.5}
-        axes.errorbar(row["trainable"], mean, deviation, fmt=MARKERS[name], label=row["label"], **style)
+        place = float(row["trainable"])
+        while any(abs(place / other - 1) < 0.05 for other in places):  # marks side by side, not on each other
+            place *= 1.06
+        places.add(place)
+        axes.errorbar(place, mean, deviation, fmt=MARKERS[name], label=row["label"], **style)
 
 
 def _rates(axes: Any, title: str, rows: list[dict[str, Any]]) -> None:
@@ -164,13 +169,15 @@ def _rates(axes: Any, title: str, rows: list[dict[str, Any]]) -> None:
 
 
 def plot(path: Path, found: dict[str, list[dict[str, Any]]]) -> None:
-    """A scatter for each task, and the search of the first."""
+    """A scatter for each task with results, and the search of the first; nothing if there are none."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    found = {task: rows for task, rows in found.items() if rows}
+    found = {task: rows for task, rows in found.items() if any("loss" in row and row["trainable"] for row in rows)}
+    if not found:
+        return
     with pyplot.rc_context({"font.size": 12, "axes.spines.top": False, "axes.spines.right": False}):
         figure, panels = pyplot.subplots(
             1, len(found) + 1, figsize=(5.4 * (len(found) + 1), 5.6), dpi=130, layout="constrained"

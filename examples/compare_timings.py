@@ -63,12 +63,14 @@ def print_one(task: Any, method: Method) -> None:
     print(json.dumps({**result, "threads": torch.get_num_threads(), "versions": versions()}), flush=True)
 
 
-def measure(arguments: Any, command: Callable[..., list[str]], say: Callable[[str], None]) -> None:
+def measure(
+    chosen: dict[str, list[str]], output: Path, command: Callable[..., list[str]], say: Callable[[str], None]
+) -> None:
     """Every method's turns, to OUTPUT/timings; the load of the machine before each is part of the record."""
-    for task in arguments.tasks:
-        found: dict[str, list[dict[str, Any]]] = {method: [] for method in arguments.methods}
+    for task, methods in chosen.items():
+        found: dict[str, list[dict[str, Any]]] = {method: [] for method in methods}
         for turn in range(TURNS):
-            for method in arguments.methods:
+            for method in methods:
                 load = os.getloadavg()[0]
                 done = subprocess.run(
                     command("--time-one", task, method), stdout=subprocess.PIPE, text=True, check=False
@@ -78,7 +80,7 @@ def measure(arguments: Any, command: Callable[..., list[str]], say: Callable[[st
                 found[method].append({**json.loads(done.stdout.splitlines()[-1]), "load_before": load})
                 say(f"{task} {method} turn {turn + 1} of {TURNS}: {found[method][-1]['init_seconds']:.2f} s to attach")
         for method, turns in found.items():
-            write_json(arguments.output / "timings" / task / f"{method}.json", {"turns": turns})
+            write_json(output / "timings" / task / f"{method}.json", {"turns": turns})
 
 
 def summary_of(path: Path) -> dict[str, float]:
