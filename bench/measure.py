@@ -70,7 +70,8 @@ class Timing:
         few = len(self.seconds) < 2
         low, _, high = [self.median] * 3 if few else quantiles(self.seconds, n=4, method="inclusive")
         spread = {"min": min(self.seconds), "max": max(self.seconds), "quartiles": [low, high]}
-        return {"median": self.median, **spread, "all": list(self.seconds)}
+        digits = [float(f"{seconds:.5g}") for seconds in self.seconds]  # the clock is not better than that
+        return {"median": self.median, **spread, "all": digits}
 
 
 def synchronise(device: str) -> None:
