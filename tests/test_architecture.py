@@ -23,7 +23,7 @@ LAYERS = [
     {"adapted", "layers", "evidence", "targets", "regularizer", "stream", "schedule"},
     {"weights"},
     {"adapters", "checkpoint", "distributed", "estimate", "execution", "merge", "patch", "summary", "training"},
-    {"base_folder", "counts", "export", "merge_saved", "saved", "sharing", "verify"},
+    {"base_folder", "card", "counts", "export", "merge_saved", "saved", "sharing", "verify"},
     {"__main__", "analysis", "cli", "peft", "plots", "trainer"},
 ]
 LEAVES = LAYERS[-1]

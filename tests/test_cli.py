@@ -46,7 +46,7 @@ def folders(tmp_path) -> Path:
 
 def test_help_teaches():
     top = osora_says("--help")
-    for command in ("info", "verify", "merge", "export-lora"):
+    for command in ("info", "verify", "merge", "export-lora", "card"):
         assert command in top
         text = osora_says(command, "--help")
         assert "Examples" in text and f"osora {command}" in text, command

@@ -12,6 +12,7 @@ from osora.adapters import (
     set_adapter,
 )
 from osora.analysis import ChangeRecorder, Changes, WeightChange, weight_change, weight_changes
+from osora.card import write_card
 from osora.checkpoint import AdapterError, load_adapter, save_adapter
 from osora.config import OsoraConfig, SorsaConfig
 from osora.counts import ModuleCount, ParameterCount, count_parameters
@@ -90,4 +91,5 @@ __all__ = [
     "verify_adapter",
     "weight_change",
     "weight_changes",
+    "write_card",
 ]

@@ -207,6 +207,20 @@ def export_lora(
         output.finish({"folder": str(out), "bytes": sum(p.stat().st_size for p in out.iterdir() if p.is_file())})
 
 
+@app.command()
+def card(adapter: Adapter, json: Json = False) -> None:
+    """Write a model card (README.md) into an adapter's folder, or bring it up to date; what you wrote in it stays.
+
+    **Examples**
+
+    `osora card my-adapter`
+    """
+    with command(json) as output:
+        path = osora.write_card(adapter)
+        output.say(f"written: {path}")
+        output.finish({"card": str(path)})
+
+
 def run(arguments: Sequence[str] | None = None) -> int:
     """The command line's exit code."""
     try:

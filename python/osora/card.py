@@ -1,0 +1,114 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A model card for an adapter's folder: ``README.md`` with the hub's metadata and what the adapter is.
+
+What a person wrote stays: of a card that is there, missing metadata is filled in, and the generated section is renewed
+only where it still is as it was generated, which its own digest tells.
+"""
+
+import hashlib
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+from osora.adapter_file import finish, temporary_beside
+from osora.saved import AdapterInfo, adapter_info
+
+CARD_FILE = "README.md"
+_SECTION = re.compile(r"<!-- osora ([0-9a-f]{64}) -->\n(.*?)<!-- /osora -->", flags=re.DOTALL)
+_PAPERS = {"osora": ("OSoRA", "2505.14350"), "sorsa": ("SORSA", "2409.00055")}
+
+
+def _base_on_hub(info: AdapterInfo) -> str | None:
+    """The base's name on the hub. A folder's path says nothing to others, and may say too much."""
+    name = info.base_model or ""
+    on_hub = re.fullmatch(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?", name) and not Path(name).exists()
+    return name if on_hub else None
+
+
+def _section(info: AdapterInfo) -> str:
+    title, paper = _PAPERS[info.method]
+    least, most = info.ranks
+    base = _base_on_hub(info)
+    exact = "every triplet within it" if info.converged else "**not every triplet within it**"
+    rows = {
+        "method": f"{title} ([arXiv {paper}](https://arxiv.org/abs/{paper})), trained with osora",
+        "base model": base or "not named in the file; loading checks that it is the right one",
+        "adapted layers": f"{len(info.modules)}, weights in {', '.join(sorted({m.dtype for m in info.modules}))}",
+        "rank": str(most) if least == most else f"{least} to {most}",
+        "trained numbers": f"{info.trainable:,}",
+        "dropout": f"{info.config.dropout:g}",
+        "basis": "in the file" if info.has_basis else "computed again from the base when it is loaded, and checked",
+        "certificate of the SVD": f"largest residual {info.max_residual:.1e}; tol {info.config.tol:g}, {exact}",
+        "file format": f"version {info.format_version}",
+    }
+    table = "".join(f"| {name} | {value} |\n" for name, value in rows.items())
+    model = f'"{base}"' if base else "..."
+    code = (
+        "```python\nimport osora\nfrom transformers import AutoModel\n\n"
+        f"model = AutoModel.from_pretrained({model})  # the class it was trained as\n"
+        'osora.load_adapter(model, "FOLDER")\n```\n'
+    )
+    text = f"\n| | |\n|---|---|\n{table}\n{code}\n"
+    return f"<!-- osora {hashlib.sha256(text.encode()).hexdigest()} -->\n{text}<!-- /osora -->"
+
+
+def _renewed(text: str, section: str) -> str:
+    found = _SECTION.search(text)
+    if found is None or hashlib.sha256(found[2].encode()).hexdigest() != found[1]:
+        return text  # a card without the section, or with one that a person has edited
+    return text[: found.start()] + section + text[found.end() :]
+
+
+def write_card(folder: str | os.PathLike[str]) -> Path:
+    """Write the model card of a saved adapter, or bring the one that is there up to date.
+
+    A new card has the base model, the method, its numbers and the certificate of the SVD. Of one that is there, every
+    word of a person is kept: metadata that are missing are added (``base_model``, ``library_name``, tags), and the
+    section that osora generated is renewed if nobody has edited it.
+
+    Args:
+        folder: what :func:`osora.save_adapter` wrote.
+
+    Returns:
+        The path of the card.
+
+    Raises:
+        FileNotFoundError, AdapterError: no adapter in ``folder``, or a damaged one.
+        ValueError: a card is there whose metadata are no YAML; it is left as it is.
+        ModuleNotFoundError: huggingface_hub is missing.
+    """
+    try:
+        from huggingface_hub import ModelCard
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(
+            "model cards need the package huggingface_hub: pip install huggingface_hub", name="huggingface_hub"
+        ) from error
+
+    info = adapter_info(folder)
+    path, section = Path(folder) / CARD_FILE, _section(info)
+    if path.exists():
+        try:
+            card = ModelCard(path.read_text(encoding="utf-8"))
+        except Exception as error:  # YAML's errors, and the hub's about what the YAML says
+            raise ValueError(f"{path} has metadata that cannot be read, and is left as it is: {error}") from error
+        card.text = _renewed(card.text, section)
+    else:
+        card = ModelCard(f"---\n{{}}\n---\n\n# An adapter of {_base_on_hub(info) or 'a model'}\n\n{section}\n")
+    data: Any = card.data
+    if (base := _base_on_hub(info)) and not data.get("base_model"):
+        data["base_model"] = base
+    if not data.get("library_name"):
+        data["library_name"] = "osora"
+    tags = data.get("tags")
+    if tags is None or isinstance(tags, list):
+        data["tags"] = [*(tags or []), *(tag for tag in ("osora", info.method, "adapter") if tag not in (tags or []))]
+        data["tags"] = list(dict.fromkeys(data["tags"]))
+    with temporary_beside(path) as new:
+        new.write_text(str(card), encoding="utf-8")
+        finish(new)
+        os.replace(new, path)
+    return path
+
+
+__all__ = ["write_card"]
