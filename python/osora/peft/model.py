@@ -14,6 +14,7 @@ from osora.config import ALL_LINEAR
 from osora.formulas import formula_of
 from osora.peft import loading
 from osora.peft.batch import rows_of_adapters
+from osora.peft.combine import combine
 from osora.peft.config import AdapterConfig
 from osora.peft.filling import await_file, empty_basis, fill
 from osora.peft.layer import Adapter, AdapterLayer, OsoraLinear, SorsaLinear
@@ -260,6 +261,30 @@ class OsoraModel(AdapterModel):
     prefix = "osora_"
     tuner_layer_cls = OsoraLinear
     layer_class = OsoraLinear
+
+    def add_weighted_adapter(
+        self, adapters: list[str], weights: list[float], adapter_name: str, combination_type: str = "linear"
+    ) -> None:
+        """Add an adapter whose o and s are weighted sums of others'; it waits (:mod:`osora.peft.combine`).
+
+        Raises:
+            ValueError: another ``combination_type``, an adapter that is not there, a name that is taken, lists of
+                different lengths, or adapters that share no basis.
+        """
+        if combination_type != "linear":
+            raise ValueError(
+                f'combination_type must be "linear", got {combination_type!r}: OSoRA has no other; osora.export_lora '
+                "makes LoRA adapters of OSoRA's, which PEFT combines in its other ways"
+            )
+        if missing := [each for each in adapters if each not in self.peft_config]:
+            raise ValueError(f"there is no adapter {missing[0]!r}: the model has {', '.join(self.peft_config)}")
+        if adapter_name in self.peft_config:
+            raise ValueError(f"the model has an adapter {adapter_name!r} already")
+        if not adapters or len(adapters) != len(weights):
+            raise ValueError(f"adapters and weights must have one length, got {len(adapters)} and {len(weights)}")
+        config = combine(self.model, self.peft_config, adapters, weights, adapter_name)
+        self.peft_config[adapter_name] = config
+        config.settle_in(self.model, adapter_name)
 
 
 class SorsaModel(AdapterModel):
