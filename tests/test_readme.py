@@ -13,8 +13,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 from helpers import VOCABULARY, tiny_llama, token_ids
 from quantise import quantised_llama
+from training_stacks import rows, settings, tokenizer
 
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
@@ -28,8 +30,14 @@ RUN = {
     ROOT / "docs/peft.md": 6,
     ROOT / "docs/sorsa.md": 3,
     ROOT / "docs/quantised.md": 3,
+    ROOT / "docs/train.md": 4,
+    ROOT / "docs/resume.md": 2,
 }  # document -> how many blocks it shows at least
-NEEDS = {"quantised.md": ["bitsandbytes"]}  # packages beyond those that every test has
+NEEDS = {
+    "quantised.md": ["bitsandbytes"],
+    "train.md": ["trl", "datasets", "accelerate"],
+    "resume.md": ["accelerate"],
+}  # packages beyond those that every test has
 DOCUMENTS = [README, ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").rglob("*.md"))]
 BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$|^<!-- python\n(.*?)^-->$", flags=re.MULTILINE | re.DOTALL)
 every_document = pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
@@ -76,6 +84,11 @@ def test_the_python_of_a_document_runs(document, tmp_path, monkeypatch):
         "tiny_llama": tiny_llama,
         "quantised_llama": quantised_llama,
         "token_ids": token_ids,
+        "rows": rows,
+        "settings": settings,
+        "tokenizer": tokenizer,
+        "torch": torch,
+        "Path": Path,
         "VOCABULARY": VOCABULARY,
     }
     with warnings.catch_warnings():

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Adapters under transformers' ``Trainer`` and its descendants, such as TRL's.
+"""Adapters under transformers' ``Trainer`` and its descendants, such as TRL's (docs/train.md, docs/resume.md).
 
 A model with an adapter trains under any of them. What they would get wrong is what is saved: the whole model, with the
 frozen weights, which nothing loads. :class:`AdapterTraining` makes checkpoints that are adapters.
