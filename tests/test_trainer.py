@@ -154,11 +154,24 @@ def test_what_does_not_fit_is_refused(tmp_path):
     assert osora.adapter_names(model) == ["default"]
 
 
-def test_restoring_another_method_is_refused(tmp_path):
-    osora.save_adapter(adapted("sorsa"), tmp_path)
-    model = adapted("osora")
-    with pytest.raises(ValueError, match=r"has .*the model's adapter"):
+@pytest.mark.parametrize(
+    "config, saved",
+    [
+        (osora.OsoraConfig(r=4), osora.SorsaConfig(r=4)),
+        (osora.SorsaConfig(r=4), osora.SorsaConfig(r=4, alpha=8)),
+        (osora.OsoraConfig(r=4), osora.OsoraConfig(r=4, side="input")),
+        (osora.OsoraConfig(r=4), osora.OsoraConfig(r=4, initial_o=0.5)),
+    ],
+    ids=["method", "alpha", "side", "initial_o"],
+)
+def test_restoring_another_method_is_refused(config, saved, tmp_path):
+    """Square layers have the same shapes on either side; the function would be another one."""
+    osora.save_adapter(osora.attach(base(), saved), tmp_path)
+    model = osora.attach(base(), config)
+    before = values(model)
+    with pytest.raises(ValueError, match="was trained as .*, and the model's adapter 'default' is"):
         restore_adapter(model, tmp_path)
+    assert_equal(values(model), before)
     assert osora.adapter_names(model) == ["default"]
 
 

@@ -38,7 +38,7 @@ def restore_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> nn.Modu
         ``model`` itself. If anything is wrong, it is as it was.
 
     Raises:
-        ValueError: no adapter, or merged; the saved one is for other layers, or of other ranks.
+        ValueError: no adapter, or merged; the saved one is for other layers, of other ranks, or of another method.
         AdapterError, FileNotFoundError: as for :func:`osora.load_adapter`.
     """
     name = active_adapter(model)
@@ -53,6 +53,12 @@ def restore_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> nn.Modu
                 f"the first is {other[0]}"
             )
         for module, layer in before.items():
+            formulas = [layer.formula(which) for which in (name, _RESTORED)]
+            if formulas[0] != formulas[1]:
+                raise ValueError(
+                    f"{os.fspath(folder)} was trained as {formulas[1]}, and the model's adapter {name!r} is {formulas[0]}: "
+                    "attach one with the saved adapter's config"
+                )
             shapes = [[p.shape for p in layer.deltas(which)] for which in (name, _RESTORED)]
             if shapes[0] != shapes[1]:
                 raise ValueError(f"{os.fspath(folder)}: {module} has {shapes[1]}, the model's adapter {shapes[0]}")
