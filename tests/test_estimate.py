@@ -49,9 +49,9 @@ def inside(event, other) -> bool:
 @pytest.mark.parametrize("plan", PLANS)
 @pytest.mark.parametrize("n, k, d, r", SHAPES)
 def test_operations_are_those_that_run(n, k, d, r, plan):
-    """Products of the forward, the backward, and (apart) of making the weight."""
-    case = linear_case((n,), k, d, r, bias=False).trainable("x", *(["s", "o"] if plan != "frozen" else []))
-    cost = linear_cost(n, k, d, r, torch.float32, plan)
+    """Products of the forward, the backward, and (apart) of making the weight; in float64, where all are torch's."""
+    case = linear_case((n,), k, d, r, torch.float64, bias=False).trainable("x", *(["s", "o"] if plan != "frozen" else []))
+    cost = linear_cost(n, k, d, r, torch.float64, plan)
     function = function_of(plan)
     if plan == "materialised":
         sources = (case.weight, case.U, case.V, case.S0, case.s, case.o)
@@ -61,7 +61,7 @@ def test_operations_are_those_that_run(n, k, d, r, plan):
         assert cost.refresh == Work()
     kept = []
     assert profiled_flops(lambda: kept.append(function(*case.arguments))) == cost.forward.flops
-    dy = torch.randn(n, d)
+    dy = torch.randn(n, d, dtype=torch.float64)
     assert profiled_flops(lambda: kept[0].backward(dy)) == cost.backward.flops
 
 
