@@ -18,6 +18,7 @@ from torch import nn
 import osora
 from osora import AdapterError
 from osora.patch import adapted_layers
+from osora.peft import SorsaConfig
 
 pytestmark = quiet
 every_model = pytest.mark.parametrize("make", [tiny_llama, tiny_gpt2, tiny_bert], ids=["llama", "gpt2", "bert"])
@@ -287,6 +288,32 @@ def test_damaged_tensors(low, saved):
     refused(path.parent, "is damaged, or no safetensors file", low=low)
 
 
+@low_memory
+@pytest.mark.parametrize("alpha", [2.9, None, 6.0])
+def test_another_scale_of_sorsa(alpha, low, tmp_path):
+    """It is an option, so that tensors and digests are all right."""
+    model = move(get_peft_model(tiny_llama(), SorsaConfig(r=4, tol=1e-4, alpha=3.0)))
+    model.save_pretrained(tmp_path)
+    PeftModel.from_pretrained(tiny_llama(), tmp_path, low_cpu_mem_usage=low)
+    edit(tmp_path, lambda c: c.update(alpha=alpha))
+    refused(tmp_path, "delta_sketch off by .*its options were changed", low=low)
+
+
+@low_memory
+def test_other_options(low, tmp_path):
+    adapted(initial_o=0.5).save_pretrained(tmp_path / "good")
+    for options, words in (
+        ({"initial_o": 0.6}, "delta_sketch off by .*its options were changed"),
+        ({"side": "input"}, r"must have shape|delta_sketch off by"),
+        ({"alpha": 2.0}, "osora has no option alpha"),
+        ({"train": "all"}, "train must be"),
+        ({"dropout": 10**400}, "dropout"),
+    ):
+        folder = shutil.copytree(tmp_path / "good", tmp_path / "copy", dirs_exist_ok=True)
+        edit(folder, lambda c, options=options: c.update(options))
+        refused(folder, words, low=low)
+
+
 def test_damaged_configurations(saved, tmp_path):
     for change, words in (
         (lambda c: c["osora"].update(format_version=3), "has format_version 3"),
@@ -301,9 +328,19 @@ def test_damaged_configurations(saved, tmp_path):
         refused(folder, words)
 
 
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
 def test_a_pickle_is_neither_written_nor_read(saved, tmp_path):
-    with pytest.raises(ValueError, match="osora's adapters are never pickled"):
-        PeftModel.from_pretrained(tiny_llama(), saved).save_pretrained(tmp_path, safe_serialization=False)
+    before = contents(saved)
+    for folder in (saved, tmp_path / "new"):
+        with pytest.raises(ValueError, match="osora's adapters are never pickled"):
+            PeftModel.from_pretrained(tiny_llama(), saved).save_pretrained(folder, safe_serialization=False)
+    assert contents(saved) == before and not (tmp_path / "new").exists()
+    lora = get_peft_model(tiny_llama(), peft.LoraConfig(r=2, target_modules=["q_proj"]))  # another method's business
+    lora.save_pretrained(tmp_path / "lora", safe_serialization=False)
+    assert (tmp_path / "lora" / "adapter_model.bin").is_file()
     torch.save(load_file(saved / FILES[1]), saved / "adapter_model.bin")
     (saved / FILES[1]).unlink()
     refused(saved, "adapter_model.bin is a pickle, which osora never reads", error=FileNotFoundError)
@@ -343,9 +380,55 @@ def test_the_base_in_another_dtype(dtype, saved):
 def test_a_diverged_adapter_is_not_saved(saved):
     model = PeftModel.from_pretrained(tiny_llama(), saved)
     layers(model)[-1].deltas("default")[0].data[2] = float("inf")
+    before = contents(saved)
     with pytest.raises(ValueError, match=r"down_proj\.o has NaN or infinite values"):
         model.save_pretrained(saved)
-    refused(saved, "must hold finite|damaged")  # PEFT has written the tensors by then: they fit no description
+    assert contents(saved) == before  # which is a good adapter
+
+
+def test_a_failed_write_leaves_the_old_files(saved, monkeypatch):
+    """Half of the tensors are written when the disk is full."""
+    model = move(PeftModel.from_pretrained(tiny_llama(), saved))
+    before = contents(saved)
+
+    def half(tensors, path, **_):
+        Path(path).write_bytes(b"half")
+        raise OSError("disk is full")
+
+    monkeypatch.setattr("peft.peft_model.safe_save_file", half)
+    with pytest.raises(OSError, match="disk is full"):
+        model.save_pretrained(saved)
+    monkeypatch.undo()
+    assert contents(saved) == before
+    with pytest.raises(ValueError, match="invalid `selected_adapters`"):
+        model.save_pretrained(saved, selected_adapters=["no"])
+    model.save_pretrained(saved, is_main_process=False)
+    assert contents(saved) == before
+
+
+def test_saved_over_the_file_that_its_tensors_are_mapped_from(saved):
+    """low_cpu_mem_usage leaves the tensors in the file: written in place, it would be cut off under them."""
+    model, ids = PeftModel.from_pretrained(tiny_llama(), saved, low_cpu_mem_usage=True), token_ids()
+    wish = logits(model, ids)
+    model.save_pretrained(saved)
+    assert torch.equal(logits(model, ids), wish)
+    assert torch.equal(logits(PeftModel.from_pretrained(tiny_llama(), saved), ids), wish)
+
+
+def test_the_card_is_kept_and_the_modes_are_those_of_new_files(saved):
+    card = saved / "README.md"
+    card.write_text(card.read_text() + "\nwritten by a person\n")
+    model = PeftModel.from_pretrained(tiny_llama(), saved)
+    model.add_adapter("legal", OsoraConfig(r=3))
+    mask = os.umask(0o027)
+    try:
+        model.save_pretrained(saved)
+    finally:
+        os.umask(mask)
+    assert "written by a person" in card.read_text()
+    assert set(contents(saved)) == {"README.md", *FILES, *(f"legal/{name}" for name in FILES)}
+    assert {path.stat().st_mode & 0o777 for path in saved.rglob("*") if path.is_file()} == {0o640}
+    assert (saved / "legal").stat().st_mode & 0o777 == 0o750
 
 
 def test_a_configuration_alone_is_a_configuration(tmp_path):

@@ -25,8 +25,13 @@ def share_base(model: nn.Module) -> nn.Module:
         A model of the same class. What required a gradient before the adapter came does so in it.
 
     Raises:
-        ValueError: the model is merged: its weights are then not the base's.
+        ValueError: the model is merged: its weights are then not the base's; or it has adapters of PEFT.
     """
+    if getattr(model, "peft_config", None):
+        raise ValueError(
+            "the model has adapters of PEFT, which would come along: share the base model, and then call "
+            "get_peft_model on each of the two"
+        )
     layers = osora_layers(model)
     for name, layer in layers.items():
         if layer.merged:

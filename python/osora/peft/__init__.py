@@ -10,6 +10,7 @@ from osora.peft.config import OsoraConfig, SorsaConfig
 from osora.peft.layer import OsoraLinear, SorsaLinear
 from osora.peft.model import OsoraModel, SorsaModel
 from osora.peft.registry import register
+from osora.peft.whole_files import install
 
 _release = tuple(int(part) for part in _peft.__version__.split(".")[:2])
 if _release < (0, 18):
@@ -17,5 +18,6 @@ if _release < (0, 18):
 
 register("osora", OsoraConfig, OsoraModel)
 register("sorsa", SorsaConfig, SorsaModel)
+install()
 
 __all__ = ["OsoraConfig", "OsoraLinear", "OsoraModel", "SorsaConfig", "SorsaLinear", "SorsaModel"]

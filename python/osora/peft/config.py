@@ -12,6 +12,7 @@ from torch import nn
 
 from osora import config as native
 from osora.adapter_file import BLOCK, CONFIG_FILE, Description, check_header, described, read_description
+from osora.checkpoint import config_of
 from osora.config import ALL_LINEAR
 from osora.peft.registry import peft_type
 
@@ -110,19 +111,22 @@ class AdapterConfig(PeftConfig):
         """As ``PeftConfig.from_pretrained``; of a local adapter the names and shapes of its tensors are checked too.
 
         Raises:
-            osora.AdapterError: the adapter is damaged, of another format, or no adapter of osora's.
+            osora.AdapterError: the adapter is damaged, of another format, or no adapter of osora's; an option that is
+                unknown, or has a bad value.
             FileNotFoundError: there are no tensors, or only a pickle.
         """
         folder = Path(pretrained_model_name_or_path, subfolder or "")
         if (folder / CONFIG_FILE).is_file() and any(folder.glob("adapter_model.*")):
-            check_header(folder, read_description(folder))
+            description = read_description(folder)
+            check_header(folder, description)
+            config_of(description)  # PEFT would pass over an option that it does not know
         return super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
 
     def save_pretrained(self, save_directory: str | os.PathLike[str], **kwargs: Any) -> None:
         """Write ``adapter_config.json``: of an adapter that is in a model, with what its file is checked by.
 
         Raises:
-            ValueError: the adapter has NaN or infinite values, its parameters are sharded, or PEFT was told to pickle.
+            ValueError: the adapter has NaN or infinite values, or its parameters are sharded.
         """
         from osora.peft import saving  # which knows layers
 

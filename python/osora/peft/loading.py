@@ -6,7 +6,7 @@ from collections.abc import Iterable
 import torch
 
 from osora.adapter_file import TENSOR_FILE, AdapterError, check_values
-from osora.evidence import check_rebuilt
+from osora.evidence import check_rebuilt, check_stored
 from osora.peft.layer import AdapterLayer
 
 
@@ -35,6 +35,8 @@ def check_arrived(layer: AdapterLayer, name: str) -> None:
     check_values(description, layer.name, came, TENSOR_FILE)
     if adapter.rebuilt:
         check_rebuilt(item, (U, V, S0), layer.delta_factors(name), S0, adapter.tol)
+    else:
+        check_stored(item, (U, V, S0), layer.delta_factors(name), S0)
     adapter.awaited = None
     layer.share(name)
 

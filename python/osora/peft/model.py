@@ -19,10 +19,13 @@ from osora.peft.config import AdapterConfig
 from osora.peft.filling import await_file, empty_basis, fill
 from osora.peft.layer import Adapter, AdapterLayer, OsoraLinear, SorsaLinear
 from osora.peft.saving import layers_of
+from osora.quantised import allow_packing, keep_order
 from osora.regularizer import Penalty
 from osora.targets import bypassed, check_is_linear, check_not_bypassed, check_not_tied, weight_holders
 
-_PENALTIES = "_osora_penalties"  # of the model without PEFT around it: adapter's name -> its penalty
+# Attributes of the model without PEFT around it.
+_PENALTIES = "_osora_penalties"  # adapter's name -> its penalty
+_IN_ORDER = "_osora_in_order"  # quantised layers that may be packed when the last adapter is gone
 
 
 class AdapterModel(BaseTuner):
@@ -101,6 +104,7 @@ class AdapterModel(BaseTuner):
             raise
         finally:
             del self._made, self._holders, self._bypassed, self._also
+        model.__dict__.setdefault(_IN_ORDER, []).extend(keep_order(model))
         config.settle_in(model, adapter_name)
         self._penalise(model, adapter_name, layers, config)
 
@@ -153,6 +157,10 @@ class AdapterModel(BaseTuner):
         if adapter_name not in self.active_adapters:
             layer.set_requires_grad(adapter_name, False)
 
+    def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
+        """Without PEFT's move to the base's device: all is there, or on the meta device until a file has come."""
+        setattr(parent, child_name, new_module)
+
     # -- an adapter from a file --
 
     @staticmethod
@@ -188,8 +196,8 @@ class AdapterModel(BaseTuner):
                 setattr(model.get_submodule(parent), last, layer.base_layer)
         self.peft_config.pop(name, None)
         model.__dict__.get(_PENALTIES, {}).pop(name, None)
-        if not self.peft_config and "peft_config" in model.__dict__:
-            del model.peft_config
+        if not self.peft_config:
+            self._forget(model)
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Forget an adapter. Raises ValueError for one that is not there, or is merged."""
@@ -232,9 +240,15 @@ class AdapterModel(BaseTuner):
             layer.has.clear()
             layer.set_adapter([])
         plain = super()._unload_and_optionally_merge(merge=merge, **kwargs)
-        self.model.__dict__.pop("peft_config", None)  # PEFT 0.18 leaves it there
-        self.model.__dict__.pop(_PENALTIES, None)
+        self._forget(self.model)  # PEFT 0.18 leaves peft_config there
         return plain
+
+    @staticmethod
+    def _forget(model: nn.Module) -> None:
+        """What the model knows of adapters, when it has none any more."""
+        allow_packing(model.__dict__.pop(_IN_ORDER, ()))
+        for attribute in ("peft_config", _PENALTIES):
+            model.__dict__.pop(attribute, None)
 
     # -- a batch of several --
 

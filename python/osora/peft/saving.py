@@ -37,12 +37,6 @@ def save(config: AdapterConfig, options: dict[str, Any], folder: Path) -> None:
     layers = layers_of(model, adapter)
     if not layers:
         raise ValueError(f"the model has no adapter {adapter!r} any more: it cannot be saved")
-    pickled = folder / "adapter_model.bin"
-    if pickled.exists() and not (folder / TENSOR_FILE).exists():
-        raise ValueError(
-            f"PEFT has written {pickled} (safe_serialization=False), but osora's adapters are never pickled: "
-            "remove it, and save again without that option"
-        )
     for name, layer in layers.items():
         _check(name, layer, adapter)
     with ThreadPoolExecutor(max(1, torch.get_num_threads())) as pool:  # hashing leaves the interpreter's lock

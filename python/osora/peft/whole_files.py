@@ -1,0 +1,74 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``PeftModel.save_pretrained`` for osora's adapters: every file whole or not at all, and never a pickle.
+
+PEFT writes tensors in place, over what may be the only good copy, or the very file that a model's tensors are mapped
+from. It is let write into a folder of its own within the one that was asked for, and the files are renamed from there.
+"""
+
+import functools
+import inspect
+import os
+import shutil
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from peft import PeftModel
+
+from osora.adapter_file import CONFIG_FILE, finish
+from osora.peft.config import AdapterConfig
+
+_CARD = "README.md"  # which PEFT updates if there is one
+_MARK = "_osora_whole_files"
+
+
+def _rename(new: Path, folder: Path) -> None:
+    """Everything in ``new`` to its place: of each adapter the tensors first, as natively; what says so comes last."""
+    files = [path for path in new.rglob("*") if path.is_file()]
+    for path in files:
+        finish(path)
+    for path in sorted(files, key=lambda path: (path.name == CONFIG_FILE, str(path))):
+        place = folder / path.relative_to(new)
+        place.parent.mkdir(exist_ok=True)
+        os.replace(path, place)
+
+
+def _whole(save_pretrained: Callable[..., None]) -> Callable[..., None]:
+    signature = inspect.signature(save_pretrained)
+
+    @functools.wraps(save_pretrained)
+    def save(*args: Any, **kwargs: Any) -> None:
+        given = signature.bind(*args, **kwargs)
+        given.apply_defaults()
+        options = given.arguments
+        configs, names = options["self"].peft_config, options["selected_adapters"]
+        chosen = [configs.get(name) for name in (configs if names is None else names)]
+        if not any(isinstance(config, AdapterConfig) for config in chosen):
+            return save_pretrained(*args, **kwargs)
+        if not options["safe_serialization"]:
+            raise ValueError(
+                "safe_serialization=False makes a pickle, and osora's adapters are never pickled: leave that option out"
+            )
+        folder = Path(options["save_directory"])
+        if None in chosen or not options["is_main_process"] or folder.is_file():
+            return save_pretrained(*args, **kwargs)  # which refuses, or writes nothing
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=".saving.", dir=folder) as new:
+            if (folder / _CARD).is_file():
+                shutil.copyfile(folder / _CARD, Path(new, _CARD))
+            options["save_directory"] = new
+            save_pretrained(*given.args, **given.kwargs)
+            _rename(Path(new), folder)
+
+    setattr(save, _MARK, True)
+    return save
+
+
+def install() -> None:
+    """Have ``PeftModel.save_pretrained`` do so; adapters of other methods are saved as before."""
+    if not hasattr(PeftModel.save_pretrained, _MARK):
+        PeftModel.save_pretrained = _whole(PeftModel.save_pretrained)  # type: ignore[method-assign]
+
+
+__all__ = ["install"]
