@@ -234,27 +234,41 @@ def test_peft_adapters():
 def test_what_cannot_be_compared_is_refused(tmp_path):
     model = tiny_llama()
     with pytest.raises(ValueError, match=r"no matrix matches modules=\['nope'\].*q_proj"):
-        osora.weight_changes(model, modules=["nope"])
+        osora.weight_changes(model, tiny_llama(), modules=["nope"])
     with pytest.raises(ValueError, match="no matrix has the same name"):
         osora.weight_changes(model, tiny_bert())
     with pytest.raises(ValueError, match="no linear layers"):
-        osora.weight_changes(torch.nn.LayerNorm(3))
-    with pytest.raises(FileNotFoundError, match=r"neither model\.safetensors nor"):
+        osora.weight_changes(torch.nn.LayerNorm(3), model)
+    for alone in (model, model.state_dict()):  # each would be compared with itself
+        with pytest.raises(ValueError, match="before must be a model with an adapter"):
+            osora.weight_changes(alone)
+    with pytest.raises(FileNotFoundError, match="is no folder"):
+        osora.weight_changes(tmp_path / "nowhere", model)
+    with pytest.raises(ValueError, match="holds no checkpoint in safetensors files"):
         osora.weight_changes(tmp_path, model)
     save_file({"a.weight": torch.ones(2, 3)}, tmp_path / "model.safetensors")
     content = (tmp_path / "model.safetensors").read_bytes()
     (tmp_path / "model.safetensors").write_bytes(content[:-3])
-    with pytest.raises(ValueError, match=r"model\.safetensors cannot be read"):
+    with pytest.raises(ValueError, match=r"model\.safetensors is no readable safetensors file"):
         osora.weight_changes(tmp_path, model)
-    (tmp_path / "model.safetensors").write_bytes(content)
-    for index, match in (
-        ("[]", "is no index"),
-        ('{"weight_map": {"a.weight": "../model.safetensors"}}', "outside of its folder"),
-        ('{"weight_map": {"b.weight": "model.safetensors"}}', "has no tensor b.weight"),
+    (tmp_path / "model.safetensors").unlink()
+    for index in (
+        "[]",
+        '{"weight_map": {"a.weight": "../model.safetensors"}}',
+        '{"weight_map": {"a.weight": "none.safetensors"}}',
     ):
         (tmp_path / "model.safetensors.index.json").write_text(index)
-        with pytest.raises(ValueError, match=match):
+        with pytest.raises(ValueError, match=r"has no weight_map|which is no file beside it"):
             osora.weight_changes(tmp_path, model)
+
+
+def test_an_index_left_behind_is_not_read(tmp_path):
+    """A checkpoint in one file beside the index and the shards of an older one: transformers reads the file."""
+    first, second = tiny_llama(), tiny_llama(layers=1)
+    first.save_pretrained(tmp_path / "old", max_shard_size=40_000)
+    second.save_pretrained(tmp_path / "new")
+    (tmp_path / "new/model.safetensors").rename(tmp_path / "old/model.safetensors")
+    assert not any(".layers.1." in name for name in Weights(tmp_path / "old"))
 
 
 # -- along training ----------------------------------------------------------------------------------------------------
@@ -351,7 +365,7 @@ def test_pictures_refuse_nonsense(tmp_path):
     with pytest.raises(ValueError, match="no runs"):
         osora.plot_changes(tmp_path / "x.png", {})
     with pytest.raises(ValueError, match="'a' needs records with steps"):
-        osora.plot_changes(tmp_path / "x.png", {"a": [osora.weight_changes(model, rank=1, modules=["q_proj"])]})
+        osora.plot_changes(tmp_path / "x.png", {"a": [osora.weight_changes(model, model, rank=1, modules=["q_proj"])]})
     with pytest.raises(ValueError, match="rank must be a positive int"):
         osora.plot_spectra(tmp_path / "x.png", model, rank=0)
     assert not list(tmp_path.iterdir())

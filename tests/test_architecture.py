@@ -21,9 +21,8 @@ LAYERS = [
     {"factors", "spectrum", "config", "fingerprint", "adapter_file", "formulas", "rows", "materialised"}
     | {"quantised", "bases"},
     {"adapted", "layers", "evidence", "targets", "regularizer", "stream", "schedule"},
-    {"weights"},
     {"adapters", "checkpoint", "distributed", "estimate", "execution", "merge", "patch", "summary", "training"},
-    {"base_folder", "card", "counts", "export", "merge_saved", "saved", "sharing", "verify"},
+    {"base_folder", "card", "counts", "export", "merge_saved", "saved", "sharing", "verify", "weights"},
     {"__main__", "analysis", "cli", "peft", "plots", "trainer"},
 ]
 LEAVES = LAYERS[-1]

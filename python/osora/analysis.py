@@ -240,10 +240,14 @@ def weight_changes(
         A sequence of :class:`WeightChange`, with ``mean``, ``to_dict()`` and ``save(path)``.
 
     Raises:
-        ValueError: nothing in common, shapes that differ, what :func:`weight_change` raises.
-        FileNotFoundError: a folder without a saved model.
+        ValueError: nothing in common, shapes that differ, no ``after`` for what has no adapter, what
+            :func:`weight_change` raises.
+        FileNotFoundError: no such folder.
     """
-    after = before if after is None else after
+    if after is None:
+        if not (isinstance(before, nn.Module) and any(hasattr(module, "base_layer") for module in before.modules())):
+            raise ValueError("without after, before must be a model with an adapter, whose base it is compared with")
+        after = before
     return Changes(
         tuple(
             weight_change(first, second, rank=rank, tol=tol, seed=seed, name=name)

@@ -111,7 +111,7 @@ class BaseFolder:
         """Read the headers alone."""
         self.folder = Path(folder)
         if not self.folder.is_dir():
-            raise FileNotFoundError(f"{self.folder} is no folder: base must be one with a checkpoint in it")
+            raise FileNotFoundError(f"{self.folder} is no folder: a folder with a checkpoint in it is needed")
         self.files, self.index = _shards(self.folder)
         self.tensors: dict[str, Stored] = {}
         for name in self.files:

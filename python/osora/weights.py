@@ -1,15 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """The matrices of a model's linear layers by module name, one at a time: of a model, a checkpoint or a mapping."""
 
-import json
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from osora.base_folder import BaseFolder
 from osora.bases import dense_weight, is_conv1d
 from osora.layers import AdaptedLinear
 from osora.quantised import refuse_unsupported
@@ -17,7 +17,6 @@ from osora.quantised import refuse_unsupported
 Source = nn.Module | Mapping[str, Tensor] | str | Path
 """A model, with an adapter or without; tensors by name, as of ``state_dict()``; or the folder of a saved model."""
 
-INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 _PEFT_PREFIX = "base_model.model."
 
 
@@ -35,7 +34,10 @@ class Weights(Mapping[str, Tensor]):
             self._get = {name: _given(tensor) for name, tensor in _matrices(source)}
             what = "the mapping holds no matrices named *.weight"
         else:
-            self._get, what = _of_folder(Path(source)), f"{source} holds no matrices named *.weight"
+            folder = BaseFolder(source)
+            keys = (key for key, at in folder.tensors.items() if key.endswith(".weight") and len(at.shape) == 2)
+            self._get = {module_name(key): partial(folder.tensor, key) for key in keys}
+            what = f"{source} holds no matrices named *.weight"
         if not self._get:
             raise ValueError(what)
 
@@ -127,51 +129,6 @@ def _of_peft(name: str, module: Any, adapter: bool) -> Tensor:
     weight = weight.to(torch.promote_types(weight.dtype, torch.float32))
     oriented = [delta.t() if is_conv1d(module.base_layer) else delta for delta in deltas]
     return sum((delta.to(weight.dtype) for delta in oriented), weight)
-
-
-# -- files -------------------------------------------------------------------------------------------------------------
-
-
-def _of_folder(folder: Path) -> dict[str, Callable[[], Tensor]]:
-    """Raises FileNotFoundError or ValueError for a folder that is no saved model."""
-    if (folder / INDEX).is_file():
-        try:
-            places = json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"]
-            files = {key: folder / str(place) for key, place in places.items()}
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ValueError(f"{folder / INDEX} is no index of shards: {error!r}") from error
-        for path in set(files.values()):
-            if path.parent != folder:
-                raise ValueError(f"{folder / INDEX} names a file outside of its folder: {path}")
-    elif (folder / SINGLE).is_file():
-        files = dict.fromkeys(_keys(folder / SINGLE), folder / SINGLE)
-    else:
-        raise FileNotFoundError(f"{folder} holds neither {SINGLE} nor {INDEX}: give the folder of a saved model")
-    shapes = {path: _keys(path) for path in sorted(set(files.values()))}
-    found = {}
-    for key, path in files.items():
-        if key not in shapes[path]:
-            raise ValueError(f"{path} has no tensor {key}, which the index says it has")
-        if key.endswith(".weight") and len(shapes[path][key]) == 2:
-            found[module_name(key)] = _stored(path, key)
-    return found
-
-
-def _keys(path: Path) -> dict[str, list[int]]:
-    """Names and shapes of the tensors in a file."""
-    try:
-        with safe_open(path, "pt") as tensors:
-            return {key: tensors.get_slice(key).get_shape() for key in tensors.keys()}
-    except (SafetensorError, OSError) as error:
-        raise ValueError(f"{path} cannot be read: {error}") from error
-
-
-def _stored(path: Path, key: str) -> Callable[[], Tensor]:
-    def get() -> Tensor:
-        with safe_open(path, "pt") as tensors:
-            return tensors.get_tensor(key)
-
-    return get
 
 
 __all__ = ["Source", "Weights", "module_name"]
