@@ -169,7 +169,7 @@ def test_restoring_another_method_is_refused(config, saved, tmp_path):
     osora.save_adapter(osora.attach(base(), saved), tmp_path)
     model = osora.attach(base(), config)
     before = values(model)
-    with pytest.raises(ValueError, match="was trained as .*, and the model's adapter 'default' is"):
+    with pytest.raises(ValueError, match=r"was trained as .*, and the model's adapter 'default' is"):
         restore_adapter(model, tmp_path)
     assert_equal(values(model), before)
     assert osora.adapter_names(model) == ["default"]

@@ -56,8 +56,8 @@ def restore_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> nn.Modu
             formulas = [layer.formula(which) for which in (name, _RESTORED)]
             if formulas[0] != formulas[1]:
                 raise ValueError(
-                    f"{os.fspath(folder)} was trained as {formulas[1]}, and the model's adapter {name!r} is {formulas[0]}: "
-                    "attach one with the saved adapter's config"
+                    f"{os.fspath(folder)} was trained as {formulas[1]}, and the model's adapter {name!r} is "
+                    f"{formulas[0]}: attach one with the saved adapter's config"
                 )
             shapes = [[p.shape for p in layer.deltas(which)] for which in (name, _RESTORED)]
             if shapes[0] != shapes[1]:
