@@ -308,3 +308,11 @@ def test_a_folder_that_is_read_only(tmp_path):
     with pytest.raises(PermissionError):
         save_adapter(adapted(), tmp_path)
     assert not os.listdir(tmp_path)
+
+
+def test_a_base_without_weights(saved):
+    with torch.device("meta"):
+        model = tiny_llama()
+    with pytest.raises(AdapterError, match=r"\.weight is on the meta device and has no values: load the weights first"):
+        load_adapter(model, saved)
+    assert not adapted_layers(model)

@@ -11,6 +11,7 @@ import pytest
 import torch
 from helpers import logits, move_adapter, tiny_bert, tiny_gpt2, tiny_llama, token_ids
 from torch import Tensor, nn
+from torch.nn.utils import prune, weight_norm
 
 import osora
 from osora import OsoraConfig, attach, detach
@@ -545,6 +546,16 @@ def test_no_convergence_leaves_the_model_untouched():
 def test_a_model_without_weights_is_refused():
     with pytest.raises(ValueError, match=r"0\.weight is on the meta device"):
         attached(nn.Sequential(nn.Linear(4, 4, device="meta")))
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm.*is deprecated:FutureWarning")
+@pytest.mark.parametrize("parametrise", [weight_norm, lambda layer: prune.l1_unstructured(layer, "weight", 0.5)])
+def test_a_weight_that_is_computed_in_each_forward_is_refused(parametrise):
+    """A merged weight would be overwritten by the next forward."""
+    model = nn.Sequential(nn.Linear(6, 6), parametrise(nn.Linear(6, 6)))
+    with pytest.raises(ValueError, match=r"the weight of 1 is computed anew in each forward .*prune\.remove"):
+        attach(model, OsoraConfig(r=2))
+    attach(model, OsoraConfig(r=2, exclude_modules=["1"]))
 
 
 def test_wrong_calls():

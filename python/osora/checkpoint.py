@@ -38,7 +38,7 @@ from osora.patch import (
     refuse_if_busy,
     state_of,
 )
-from osora.targets import Target, base_modules, check_is_linear, check_not_tied, weight_holders
+from osora.targets import Target, base_modules, check_has_values, check_is_linear, check_not_tied, weight_holders
 
 # -- save ------------------------------------------------------------------------------------------------------------
 
@@ -155,6 +155,7 @@ def _find_module(model: nn.Module, described: Mapping[str, Any], holders: dict[i
         module = module.base_layer
     try:
         check_is_linear(name, module)
+        check_has_values(name, module)
         check_not_tied(name, module, holders)
     except (TypeError, ValueError) as error:
         raise AdapterError(str(error)) from error

@@ -59,6 +59,11 @@ def check_is_linear(name: str, module: nn.Module) -> None:
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from error
     if _is_linear(module):
+        if not isinstance(module.weight, nn.Parameter):
+            raise ValueError(
+                f"the weight of {name} is computed anew in each forward (by torch.nn.utils' weight_norm or prune), so "
+                "that nothing can be merged into it: make it a parameter first, by remove_weight_norm or prune.remove"
+            )
         return
     class_name = f"{type(module).__module__}.{type(module).__qualname__}"
     raise ValueError(
@@ -66,6 +71,12 @@ def check_is_linear(name: str, module: nn.Module) -> None:
         "and bitsandbytes' quantised linears: name other modules in target_modules, or leave this one out with "
         "exclude_modules"
     )
+
+
+def check_has_values(name: str, module: nn.Module) -> None:
+    """Raise ValueError for a weight on the meta device."""
+    if base_weight(module).device.type == "meta":
+        raise ValueError(f"{name}.weight is on the meta device and has no values: load the weights first")
 
 
 def bypassed(model: nn.Module) -> set[int]:
