@@ -80,6 +80,7 @@ def test_an_optimiser_moves_each_by_its_rate():
         (OsoraConfig(r=2, train="o"), {"relative_s": True}, "relative_s is given, but .* trains o alone"),
         (SorsaConfig(r=2), {"lr_o": 0.1}, "trains u, s, v alone"),
         (OsoraConfig(r=2), {"lr": -1.0}, "lr must be a finite number, at least 0, got -1.0"),
+        (OsoraConfig(r=2), {"lr": True}, "lr must be a finite number, at least 0, got True"),
         (OsoraConfig(r=2), {"lr_s": float("inf")}, "lr_s must be a finite number"),
         (OsoraConfig(r=2), {"weight_decay": float("nan")}, "weight_decay must be a finite number"),
     ],
@@ -93,3 +94,10 @@ def test_wrong_calls(config, arguments, words):
 def test_a_model_without_an_adapter():
     with pytest.raises(ValueError, match="no osora adapter"):
         osora.parameter_groups(tiny_llama(), 0.1)
+
+
+@pytest.mark.parametrize("arguments", [{"lr": None}, {"lr": "0.1"}, {"lr_s": [0.1]}])
+def test_what_is_no_number(arguments):
+    model = osora.attach(tiny_llama(), OsoraConfig(r=2))
+    with pytest.raises(TypeError, match=f"{next(iter(arguments))} must be a number, got"):
+        osora.parameter_groups(model, **({"lr": 0.1} | arguments))

@@ -43,6 +43,7 @@ def parameter_groups(
 
     Raises:
         ValueError: no adapter; a rate for a kind that the adapter does not train; a negative or infinite number.
+        TypeError: what is no number.
     """
     active = state_of(model).active
     layers = adapted_layers(model)
@@ -53,7 +54,13 @@ def parameter_groups(
         "weight_decay": weight_decay,
         **{f"lr_{kind}": r for kind, r in rates.items()},
     }.items():
-        if value is not None and not (math.isfinite(value) and value >= 0):
+        if value is None and key != "lr":
+            continue
+        try:
+            usable = not isinstance(value, bool) and math.isfinite(value) and value >= 0  # type: ignore[arg-type, operator]
+        except TypeError as error:
+            raise TypeError(f"{key} must be a number, got {value!r}") from error
+        if not usable:
             raise ValueError(f"{key} must be a finite number, at least 0, got {value!r}")
     for kind, rate in rates.items():
         if rate is not None and kind not in formula.trained:
