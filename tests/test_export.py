@@ -276,6 +276,14 @@ def test_what_has_no_meaning_is_refused(tmp_path):
     assert not (tmp_path / "lora").exists()
 
 
+def test_an_adapter_is_not_replaced_by_its_lora(tmp_path, monkeypatch):
+    osora.save_adapter(adapted(), tmp_path / "adapter")
+    monkeypatch.chdir(tmp_path / "adapter")
+    with pytest.raises(ValueError, match="holds the adapter, which a LoRA of the same file names would replace"):
+        osora.export_lora(tmp_path / "adapter", ".")
+    assert osora.adapter_info(tmp_path / "adapter").method == "osora"
+
+
 def test_a_failed_write_leaves_the_old_files(tmp_path, monkeypatch):
     model = adapted()
     osora.export_lora(model, tmp_path)

@@ -147,7 +147,8 @@ def export_lora(
         FileNotFoundError: no adapter, or no base, in the folder.
         AdapterError: a damaged adapter, another base, or no basis in the file and no base given.
         ValueError: the model has no such adapter; a layer that the model has under two names, of which PEFT would adapt
-            one; NaN or infinite values; ``base`` or ``name`` where it has no meaning.
+            one; NaN or infinite values; ``base`` or ``name`` where it has no meaning; ``path`` is the adapter's own
+            folder.
         OSError: the folder cannot be written.
     """
     if isinstance(source, nn.Module):
@@ -157,6 +158,8 @@ def export_lora(
     else:
         if name is not None:
             raise ValueError("name is for a model: the folder of a saved adapter holds one adapter")
+        if Path(path).resolve() == Path(source).resolve():
+            raise ValueError(f"{os.fspath(path)} holds the adapter, which a LoRA of the same file names would replace")
         found = _from_folder(Path(source), base)
     tensors: dict[str, Tensor] = {}
     ranks: dict[str, int] = {}
