@@ -50,7 +50,8 @@ def inside(event, other) -> bool:
 @pytest.mark.parametrize("n, k, d, r", SHAPES)
 def test_operations_are_those_that_run(n, k, d, r, plan):
     """Products of the forward, the backward, and (apart) of making the weight; in float64, where all are torch's."""
-    case = linear_case((n,), k, d, r, torch.float64, bias=False).trainable("x", *(["s", "o"] if plan != "frozen" else []))
+    trained = ["x"] if plan == "frozen" else ["x", "s", "o"]
+    case = linear_case((n,), k, d, r, torch.float64, bias=False).trainable(*trained)
     cost = linear_cost(n, k, d, r, torch.float64, plan)
     function = function_of(plan)
     if plan == "materialised":
