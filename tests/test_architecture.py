@@ -23,7 +23,7 @@ LAYERS = [
     {"adapted", "layers", "evidence", "targets", "regularizer", "stream", "schedule"},
     {"adapters", "checkpoint", "distributed", "estimate", "execution", "merge", "patch", "summary", "training"},
     {"base_folder", "card", "counts", "export", "merge_saved", "saved", "sharing", "verify", "weights"},
-    {"__main__", "analysis", "cli", "peft", "plots", "trainer"},
+    {"__main__", "analysis", "cli", "finetuning", "peft", "plots", "trainer"},
 ]
 LEAVES = LAYERS[-1]
 LEVEL = {module: level for level, layer in enumerate(LAYERS) for module in layer}

@@ -13,11 +13,14 @@ import pytest
 import torch
 from helpers import move_adapter, run_python, tiny_gpt2, tiny_llama
 from safetensors.torch import load_file
+from training_stacks import tokenizer
 
 import osora
 
 typer_testing = pytest.importorskip("typer.testing")
 from osora.cli.app import app  # noqa: E402  (it needs typer)
+
+DOCUMENT = Path(__file__).parents[1] / "docs/cli.md"
 
 
 def osora_says(*arguments: object, code: int = 0) -> str:
@@ -46,7 +49,7 @@ def folders(tmp_path) -> Path:
 
 def test_help_teaches():
     top = osora_says("--help")
-    for command in ("info", "verify", "merge", "export-lora", "card"):
+    for command in ("info", "verify", "merge", "export-lora", "train", "card"):
         assert command in top
         text = osora_says(command, "--help")
         assert "Examples" in text and f"osora {command}" in text, command
@@ -209,7 +212,7 @@ print(main(["info", "x"]))
 
 
 def document_commands() -> list[list[str]]:
-    text = (Path(__file__).parents[1] / "docs/cli.md").read_text(encoding="utf-8")
+    text = DOCUMENT.read_text(encoding="utf-8")
     lines = "".join(re.findall(r"^```sh\n(.*?)^```$", text, flags=re.MULTILINE | re.DOTALL)).splitlines()
     return [shlex.split(line) for line in lines]
 
@@ -218,6 +221,13 @@ def test_the_commands_of_the_document_run(folders, monkeypatch):
     monkeypatch.chdir(folders)
     (folders / "adapter").rename("my-adapter")
     (folders / "base").rename("base-model")
+    for package in ("transformers", "accelerate", "yaml"):
+        pytest.importorskip(package)
+    tokenizer().save_pretrained("base-model")
+    rows = [{"prompt": f"w{i} w{i + 1}", "completion": f"w{i + 2}"} for i in range(3, 11)]
+    Path("chats.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    (settings,) = re.findall(r"^```yaml\n(.*?)^```$", DOCUMENT.read_text(), flags=re.MULTILINE | re.DOTALL)
+    Path("run.yaml").write_text(settings)
     commands = document_commands()
     assert len(commands) >= 5
     for words in commands:

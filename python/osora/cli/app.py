@@ -10,6 +10,7 @@ import typer
 
 import osora
 from osora.cli.output import REFUSED, Output, command, whole_bytes
+from osora.cli.train import train
 
 app = typer.Typer(
     name="osora",
@@ -219,6 +220,9 @@ def card(adapter: Adapter, json: Json = False) -> None:
         path = osora.write_card(adapter)
         output.say(f"written: {path}")
         output.finish({"card": str(path)})
+
+
+app.command()(train)
 
 
 def run(arguments: Sequence[str] | None = None) -> int:

@@ -32,6 +32,11 @@ class Output:
         if not self.as_json:
             self.out.print(Text(text))
 
+    def note(self, text: str) -> None:
+        """A line about progress, which goes where the bars go."""
+        if not self.as_json:
+            self.err.print(Text(text))
+
     def table(self, rows: dict[str, str], title: str) -> None:
         """Names and values."""
         if self.as_json:
@@ -63,8 +68,11 @@ class Output:
 
 
 @contextmanager
-def command(as_json: bool) -> Iterator[Output]:
-    """The frame of every command: warnings become lines, expected errors become one line and an exit code."""
+def command(as_json: bool, extra: str = "cli") -> Iterator[Output]:
+    """The frame of every command: warnings become lines, expected errors become one line and an exit code.
+
+    ``extra``: the one of the package's extras that brings what the command needs.
+    """
     output = Output(as_json)
 
     def show(message: Warning | str, *_: Any, **__: Any) -> None:
@@ -86,7 +94,7 @@ def command(as_json: bool) -> Iterator[Output]:
     except (AdapterError, ConvergenceError) as error:
         raise fail(error, REFUSED) from error
     except ModuleNotFoundError as error:
-        needs = ModuleNotFoundError(f"this command needs the package {error.name!r}: pip install 'osora[cli]'")
+        needs = ModuleNotFoundError(f"this command needs the package {error.name!r}: pip install 'osora[{extra}]'")
         raise fail(needs, MISSING) from error
     except (OSError, ValueError, TypeError) as error:
         raise fail(error, UNUSABLE) from error
