@@ -288,7 +288,7 @@ def test_a_loss_that_is_no_number_stops_the_run(here):
     assert not Path("run/adapter").exists()
 
 
-def test_packages_are_asked_for_and_imported_late():
+def test_packages_are_asked_for_and_imported_late(tmp_path):
     program = """
 import sys
 from osora.cli import main
@@ -296,10 +296,11 @@ assert main(["--version"]) == 0
 import osora.finetuning
 assert not {"transformers", "accelerate", "yaml"} & set(sys.modules)
 sys.modules["yaml"] = None
-open("run.yaml", "w").write("lr: 1")
-print(main(["train", "run.yaml"]))
+name = sys.argv[1] + "/run.yaml"
+open(name, "w").write("lr: 1")
+print(main(["train", name]))
 """
-    assert run_python(program).splitlines()[-1] == "3"
+    assert run_python(program, tmp_path).splitlines()[-1] == "3"
 
 
 def test_the_document_names_every_setting():
