@@ -110,6 +110,11 @@ CASES = {
     "waiting": Case(tiny_llama, export_waiting, TWO),
     "merged": Case(tiny_llama, export_merged, TWO),
     "sorsa": Case(tiny_gpt2, export_model, TWO, SorsaConfig),
+    "o alone": Case(tiny_llama, export_model, TWO | {"train": "o"}),
+    "s alone, from a folder": Case(tiny_llama, export_folder, TWO | {"train": "s"}),
+    "O on the input side": Case(tiny_gpt2, export_model, TWO | {"side": "input"}),
+    "O on the input side, from a folder": Case(tiny_llama, export_folder, TWO | {"side": "input", "initial_o": -0.5}),
+    "initial O": Case(tiny_llama, export_without_basis, TWO | {"initial_o": 0.0}),
     "sorsa from a folder": Case(tiny_llama, export_folder, TWO | {"alpha": 7.0}, SorsaConfig),
 }
 IDS = "ids.safetensors"
@@ -293,3 +298,23 @@ def test_a_failed_write_leaves_the_old_files(tmp_path, monkeypatch):
     with pytest.raises(ZeroDivisionError):
         osora.export_lora(model, tmp_path)
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # transformers' own
+def test_a_model_of_peft_is_refused_and_its_folder_is_the_way(tmp_path):
+    from peft import get_peft_model
+
+    from osora.peft import OsoraConfig as PeftConfig
+
+    base = tiny_llama()
+    base.save_pretrained(tmp_path / "base")
+    base = type(base).from_pretrained(tmp_path / "base")
+    model, ids = get_peft_model(base, PeftConfig(r=4, tol=1e-4, side="input", init_weights=False)), token_ids()
+    with pytest.raises(ValueError, match=r"model\.save_pretrained\(folder\).*export_lora\(folder, path\)"):
+        osora.export_lora(model, tmp_path / "lora")
+    assert not (tmp_path / "lora").exists()
+    model.save_pretrained(tmp_path / "adapter")
+    osora.export_lora(tmp_path / "adapter", tmp_path / "lora")
+    plain = in_peft(type(base).from_pretrained(tmp_path / "base"), tmp_path / "lora")
+    # float32: the same products, summed in another order
+    torch.testing.assert_close(logits(plain, ids), logits(model.eval(), ids), rtol=0, atol=1e-5)

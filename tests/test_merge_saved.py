@@ -77,6 +77,38 @@ def test_every_dtype(dtype, method, tmp_path):
     same(tmp_path / "out", model)
 
 
+@pytest.mark.parametrize("save_basis", [True, False], ids=["basis", "no basis"])
+@pytest.mark.parametrize(
+    "options",
+    [{"train": "s"}, {"train": "o"}, {"side": "input"}, {"initial_o": 0.5}, {"side": "input", "initial_o": 0.0}],
+    ids=str,
+)
+@pytest.mark.parametrize("kind", MODELS)
+def test_ablations(kind, options, save_basis, tmp_path):
+    model = prepared(tmp_path, MODELS[kind], save_basis=save_basis, **options)
+    merge_saved(tmp_path / "base", tmp_path / "adapter", tmp_path / "out")
+    base, out = tensors_of(tmp_path / "base"), tensors_of(tmp_path / "out")
+    assert any(not torch.equal(base[key], out[key]) for key in base)
+    same(tmp_path / "out", model)
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # transformers' own
+def test_an_adapter_that_peft_wrote(tmp_path):
+    """Also the biases that it trained are more than a weight's change: refused."""
+    peft = pytest.importorskip("peft")
+    from osora.peft import OsoraConfig as PeftConfig
+
+    tiny_gpt2().save_pretrained(tmp_path / "base")
+    for bias in ("none", "all"):
+        base = type(tiny_gpt2()).from_pretrained(tmp_path / "base").eval()
+        model = peft.get_peft_model(base, PeftConfig(r=4, tol=1e-4, initial_o=0.5, init_weights=False, bias=bias))
+        model.save_pretrained(tmp_path / bias)
+    with pytest.raises(AdapterError, match="trained with bias='all'"):
+        merge_saved(tmp_path / "base", tmp_path / "all", tmp_path / "out")
+    merge_saved(tmp_path / "base", tmp_path / "none", tmp_path / "out")
+    same(tmp_path / "out", osora.merge(osora.load_adapter(tiny_gpt2(), tmp_path / "none")))
+
+
 def test_a_base_in_another_dtype_is_merged_as_load_adapter_does_it(tmp_path):
     prepared(tmp_path)
     tiny_llama(dtype=torch.bfloat16).save_pretrained(tmp_path / "half")

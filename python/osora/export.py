@@ -148,12 +148,17 @@ def export_lora(
         AdapterError: a damaged adapter, another base, or no basis in the file and no base given.
         ValueError: the model has no such adapter; a layer that the model has under two names, of which PEFT would adapt
             one; NaN or infinite values; ``base`` or ``name`` where it has no meaning; ``path`` is the adapter's own
-            folder.
+            folder; a model with PEFT around it, of which the saved folder is to be given.
         OSError: the folder cannot be written.
     """
     if isinstance(source, nn.Module):
         if base is not None:
             raise ValueError("base is for the folder of a saved adapter: a model has its base")
+        if getattr(source, "peft_config", None):
+            raise ValueError(
+                "the model has its adapters by PEFT: save one with model.save_pretrained(folder), and then call "
+                "osora.export_lora(folder, path)"
+            )
         found = _from_model(source, name)
     else:
         if name is not None:
