@@ -93,6 +93,8 @@ class AdapterModel(BaseTuner):
         try:
             super().inject_adapter(model, adapter_name, *args, **kwargs)
             layers = [layer for layer, _ in self._made]
+            if not layers:  # PEFT before 0.21 takes a further adapter that is in no layer
+                raise ValueError(f"target_modules {config.target_modules!r} of {adapter_name!r} not found in the model")
             if description is None:
                 fill(layers, adapter_name, config)
             else:
