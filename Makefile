@@ -43,7 +43,7 @@ export HF_HOME := $(CURDIR)/build/huggingface
 export MPLCONFIGDIR := $(CURDIR)/build/matplotlib
 export PATH := $(abspath $(VENV))/bin:$(PATH)
 
-.PHONY: demo test prepare unit lint emulation coverage torch clean
+.PHONY: demo test prepare unit lint emulation coverage peft-versions torch clean
 .DEFAULT_GOAL := test
 ifndef VERBOSE
 .SILENT:
@@ -82,6 +82,19 @@ coverage: prepare
 	echo "-- coverage of csrc/cuda"
 	cmake --build $(BUILD) --target osora_emulated_coverage > build/coverage.log || { cat build/coverage.log; false; }
 	$(PY) tests/emulation/coverage.py $(BUILD) -- -q --no-header $(COVERAGE_TESTS)
+
+# The tests of osora.peft under the oldest PEFT that is supported and one in between; `make test` runs them under the newest.
+PEFT_VERSIONS := 0.18.1 0.20.0
+PEFT_FOLDERS := $(PEFT_VERSIONS:%=build/peft-%)
+
+peft-versions: $(PEFT_FOLDERS:%=%/.done)
+	export OSORA_PEFT_FOLDERS=$(subst $(eval ) ,:,$(PEFT_FOLDERS:%=$(CURDIR)/%))
+	$(MAKE) unit PYTEST_ARGS="-m slow --dist load tests/test_peft_versions.py"
+
+build/peft-%/.done: $(STAMPS)/test
+	rm -rf $(@D)
+	$(PIP) --no-deps --target $(@D) peft==$*
+	touch $@
 
 clean:
 	rm -rf build

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The tests of osora.peft under other versions of PEFT, each in a folder of its own (`pip install --no-deps --target`).
 
-OSORA_PEFT_FOLDERS names the folders, separated as on PATH; CONTRIBUTING.md has the commands.
+`make peft-versions` fills the folders and names them in OSORA_PEFT_FOLDERS, separated as on PATH.
 """
 
 import os
@@ -13,10 +13,10 @@ import pytest
 
 FOLDERS = [folder for folder in os.environ.get("OSORA_PEFT_FOLDERS", "").split(os.pathsep) if folder]
 HERE = Path(__file__).parent
-FILES = ["test_peft.py", "test_peft_files.py", "test_peft_many.py"]
+FILES = ["test_peft.py", "test_peft_files.py", "test_peft_many.py", "test_peft_quantised.py"]
 
 
-@pytest.mark.slow  # a minute for each version
+@pytest.mark.slow  # one and a half minutes for each version
 @pytest.mark.parametrize("folder", FOLDERS or [None])
 def test_under_another_version(folder):
     if folder is None:
