@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// osora::linear for autograd, as torch's own operators have it: in C++. In Python a call and its backward take some 100
-// us longer, as much as the arithmetic of a small layer.
+// osora::linear for autograd, as torch's own operators have it: in C++. Around a Python function of autograd a small
+// layer's call and backward wait for the interpreter a second time.
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <torch/csrc/autograd/custom_function.h>
