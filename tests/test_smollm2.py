@@ -82,7 +82,8 @@ for name in ("True", "False"):
     numbers = 4 * sum(p.numel() for p in osora.adapter_parameters(model))
     values = 4 * sum(layer.rank for layer in adapted_layers(model).values())
     size = (tmp_path / "False" / "adapter_model.safetensors").stat().st_size
-    assert size - numbers - values < 128 * 2 * 210, "a header of at most 128 bytes a tensor"
+    header = size - numbers - values
+    assert header < 150 * 3 * 210, "o, s and S0 of each module, at most 150 bytes of header a tensor (docs/format.md)"
 
     changed = load(folder)
     weight = changed.model.layers[17].mlp.up_proj.weight.data
