@@ -3,6 +3,7 @@
 
 import copy
 import pickle
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from osora import config as native
 from osora.bases import dense_weight, oriented_weight
 from osora.patch import adapted_layers
 
+PEFT = tuple(map(int, peft.__version__.split(".")[:2]))
 pytestmark = quiet
 every_model = pytest.mark.parametrize("make", [tiny_llama, tiny_gpt2, tiny_bert], ids=["llama", "gpt2", "bert"])
 
@@ -117,12 +119,33 @@ Q = "self_attn.q_proj"
         ({"exclude_modules": r".*mlp.*"}, 8),
         ({"target_modules": ["q_proj"], "layers_to_transform": 1}, 1),
         ({"target_modules": ["q_proj"], "layers_to_transform": [0], "layers_pattern": "layers"}, 1),
+        ({"layers_to_transform": [0]}, 7),
+        ({"layers_to_transform": 1, "exclude_modules": ["down_proj"]}, 6),
+        ({"target_modules": r".*\.q_proj", "layers_to_transform": [1]}, 1),
+        ({"target_modules": [f"model.layers.{i}.{Q}" for i in (0, 1)], "layers_to_transform": [0]}, 1),
+        ({"layers_to_transform": [1], "layers_pattern": ["blocks", "layers"]}, 7),
     ],
     ids=str,
 )
 def test_targets(options, expected):
+    """And the native API has the same, for the options that both have; PEFT's alone are written in any case."""
     model = get_peft_model(tiny_llama(), OsoraConfig(r=2, **options))
     assert len(layers(model)) == expected
+    shared = {name: value for name, value in options.items() if name != "layers_pattern" and value is not None}
+    if shared.get("target_modules") == "ALL-LINEAR":
+        del shared["target_modules"]
+    own = osora.attach(tiny_llama(), osora.OsoraConfig(r=2, **shared))
+    assert [layer.name for layer in layers(model)] == list(adapted_layers(own))
+
+
+def test_a_rank_for_nothing_is_refused():
+    """In the native API's words; PEFT warns, from 0.21 on."""
+    model = tiny_llama()
+    before = [id(module) for module in model.modules()]
+    with pytest.warns(RuntimeWarning) if PEFT >= (0, 21) else nullcontext():
+        with pytest.raises(ValueError, match=r"rank_pattern 'q_porj' matches no target, the first of which is model"):
+            get_peft_model(model, OsoraConfig(r=2, rank_pattern={"q_porj": 3}))
+    assert [id(module) for module in model.modules()] == before
 
 
 def test_ranks():

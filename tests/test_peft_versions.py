@@ -13,7 +13,7 @@ import pytest
 
 FOLDERS = [folder for folder in os.environ.get("OSORA_PEFT_FOLDERS", "").split(os.pathsep) if folder]
 HERE = Path(__file__).parent
-FILES = ["test_peft.py", "test_peft_files.py", "test_peft_many.py", "test_peft_quantised.py"]
+FILES = ["test_peft.py", "test_peft_files.py", "test_peft_many.py", "test_peft_quantised.py", "test_peft_rollback.py"]
 
 
 @pytest.mark.slow  # one and a half minutes for each version

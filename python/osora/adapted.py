@@ -19,11 +19,11 @@ DEFAULT = "default"  # the name of an adapter that was given none
 
 
 def has_hooks(module: nn.Module) -> bool:
-    """Whether calling the module does more than its forward: hooks of a user, or of accelerate."""
+    """Whether calling the module does more than its product: hooks, or a layer around it, such as PEFT's LoRA."""
     hooked: Any = (
         module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
     )
-    return bool(hooked) or "forward" in module.__dict__
+    return bool(hooked) or "forward" in module.__dict__ or "base_layer" in module._modules
 
 
 def _has_global_hooks() -> bool:

@@ -2,8 +2,9 @@
 """Which layers of a model an adapter is for."""
 
 import re
+import sys
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from torch import nn
@@ -36,7 +37,8 @@ def name_matches(name: str, wanted: str | Iterable[str]) -> bool:
     return any(name == end or name.endswith("." + end) for end in wanted)
 
 
-def _layer_index(name: str) -> int | None:
+def layer_index(name: str) -> int | None:
+    """The first number in a module's name."""
     return next((int(part) for part in name.split(".") if part.isdecimal()), None)
 
 
@@ -113,6 +115,31 @@ def weight_holders(model: nn.Module) -> dict[int, set[int]]:
     return holders
 
 
+def of_peft(model: nn.Module) -> set[str]:
+    """Names of PEFT's layers and wrappers; what is in them belongs to its adapters."""
+    kinds = [
+        getattr(sys.modules[where], kind)
+        for where, kind in (
+            ("peft.tuners.tuners_utils", "BaseTunerLayer"),
+            ("peft.utils.other", "AuxiliaryTrainingWrapper"),
+        )
+        if where in sys.modules  # or the model has none
+    ]
+    return {name for name, module in model.named_modules() if isinstance(module, tuple(kinds))}
+
+
+def check_not_of_peft(name: str, outer: set[str]) -> None:
+    """Raise ValueError for a module within one of those that :func:`of_peft` has found."""
+    parts = name.split(".")
+    for i in range(1, len(parts)):
+        if ".".join(parts[:i]) in outer:
+            raise ValueError(
+                f"target {name} belongs to an adapter of PEFT, in {'.'.join(parts[:i])}: one within it would be "
+                "ignored, or adapt PEFT's. Unload that first (model.unload() or model.merge_and_unload()), or give the "
+                "model osora.peft's methods instead"
+            )
+
+
 def base_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """Every name of every module, as if the model had no adapter: an adapted layer's base stands in its place."""
     inside: set[str] = set()
@@ -137,7 +164,7 @@ def find_targets(model: nn.Module, config: AdapterConfig) -> list[Target]:
     for name, module in base_modules(model):
         names_of[id(module)].append(name)
         modules[id(module)] = module
-    head, holders, unseen = _output_head(model), weight_holders(model), bypassed(model)
+    head, holders, unseen, outer = _output_head(model), weight_holders(model), bypassed(model), of_peft(model)
     everything = config.target_modules == ALL_LINEAR
     layers = config.layers_to_transform
     assert layers is None or isinstance(layers, tuple)  # the config has brought it to this form
@@ -153,8 +180,9 @@ def find_targets(model: nn.Module, config: AdapterConfig) -> list[Target]:
             continue
         if config.exclude_modules is not None and any(name_matches(n, config.exclude_modules) for n in names):
             continue
-        if layers is not None and _layer_index(name) not in layers:
+        if layers is not None and layer_index(name) not in layers:
             continue
+        check_not_of_peft(name, outer)
         check_is_linear(name, module)
         check_not_bypassed(name, module, unseen)
         check_not_tied(name, module, holders)
@@ -168,7 +196,12 @@ def find_targets(model: nn.Module, config: AdapterConfig) -> list[Target]:
             f"{config.exclude_modules!r} and layers_to_transform={config.layers_to_transform!r}; the model's linear "
             f"layers end in: {', '.join(linear) or 'none at all'}"
         )
-    for pattern in config.rank_pattern:
-        if not any(re.fullmatch(rf"(.*\.)?(?:{pattern})", target.name) for target in targets):
-            raise ValueError(f"rank_pattern {pattern!r} matches no target, the first of which is {targets[0].name}")
+    check_rank_pattern(config.rank_pattern, [target.name for target in targets])
     return targets
+
+
+def check_rank_pattern(patterns: Iterable[str], names: Sequence[str]) -> None:
+    """Raise ValueError for a key of ``rank_pattern`` that matches none of the targets' ``names``."""
+    for pattern in patterns:
+        if not any(re.fullmatch(rf"(.*\.)?(?:{pattern})", name) for name in names):
+            raise ValueError(f"rank_pattern {pattern!r} matches no target, the first of which is {names[0]}")

@@ -226,7 +226,7 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
 
     def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
         """Make adapters the active ones, trainable unless ``inference_mode``; the others are frozen."""
-        names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
+        names = [adapter_names] if isinstance(adapter_names, str) else list(dict.fromkeys(adapter_names))
         for name, adapter in self.has.items():
             for kind in adapter.formula.kinds:
                 on = name in names and not inference_mode and kind in adapter.formula.trained
@@ -279,7 +279,7 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
             raise ValueError("merging is not possible within a batch of several adapters")
         if not self.has:
             return
-        new = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.has]
+        new = [name for name in dict.fromkeys(check_adapters_to_merge(self, adapter_names)) if name in self.has]
         if not new:
             return
         if (kind := kind_of(self.base_layer)) is not None:

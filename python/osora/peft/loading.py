@@ -20,6 +20,13 @@ def check_arrived(layer: AdapterLayer, name: str) -> None:
     adapter = layer.has[name]
     description = adapter.awaited
     assert description is not None
+    if not has_arrived(layer, name):
+        raise AdapterError(
+            f"{name!r} waits for the tensors of the adapter that its configuration was read from, and there are none "
+            f"for {layer.name}: load them with PeftModel.from_pretrained, model.load_adapter or "
+            "set_peft_model_state_dict. For a fresh adapter with the options of a saved one, set config.osora = None "
+            "before get_peft_model"
+        )
     method, item = description.method, description.modules[layer.name]
     values, (U, V, S0) = layer.values(name), layer.basis(name)
     came = values if adapter.rebuilt else values | {"U": U, "V": V}

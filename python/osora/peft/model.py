@@ -2,11 +2,12 @@
 """The methods' ``BaseTuner``: which layers get an adapter, and its decompositions, all of a shape at once."""
 
 import copy
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, ClassVar
 
-from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, check_target_module_exists
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from torch import nn
 
 from osora.adapter_file import AdapterError, Description
@@ -18,10 +19,12 @@ from osora.peft.combine import combine
 from osora.peft.config import AdapterConfig
 from osora.peft.filling import await_file, empty_basis, fill
 from osora.peft.layer import Adapter, AdapterLayer, OsoraLinear, SorsaLinear
+from osora.peft.rollback import Before, put_originals
 from osora.peft.saving import layers_of
+from osora.peft.which import Surroundings, matches
 from osora.quantised import allow_packing, keep_order
 from osora.regularizer import Penalty
-from osora.targets import bypassed, check_is_linear, check_not_bypassed, check_not_tied, weight_holders
+from osora.targets import check_rank_pattern
 
 # Attributes of the model without PEFT around it.
 _PENALTIES = "_osora_penalties"  # adapter's name -> its penalty
@@ -43,39 +46,13 @@ class AdapterModel(BaseTuner):
             peft_config.target_modules = set(description.modules)
         return peft_config
 
-    @staticmethod
-    def _check_target_module_exists(peft_config: Any, key: str) -> Any:
-        found = check_target_module_exists(peft_config, key)
+    def _check_target_module_exists(self, peft_config: Any, key: str) -> Any:  # type: ignore[override]
+        found = matches(peft_config, key)
         if peft_config.osora is None:
-            return found
+            looked = self.__dict__.get("_around")  # None when PEFT asks after the adapter has come
+            return False if found and looked is not None and looked.is_left_out(key) else found
         wanted = peft_config.__dict__.get("_wanted", ())
         return key in wanted or (found if type(found).__name__ == "_ExcludedModule" else False)
-
-    def _check_target(self, name: str, module: nn.Module) -> None:
-        if isinstance(module, BaseTunerLayer):
-            raise ValueError(f"target {name} has an adapter of another method ({type(module).__name__}) already")
-        if any(p.dim() > 2 for p in module.parameters(recurse=False)):
-            raise ValueError(
-                f"target {name} is a {type(module).__qualname__}, whose weights have more than two dimensions "
-                "(those of experts, or of a convolution): osora adapts matrices only; name other modules in "
-                "target_modules, or leave this one out with exclude_modules"
-            )
-        check_is_linear(name, module)
-        check_not_bypassed(name, module, self._bypassed)
-        check_not_tied(name, module, self._holders)
-        if names := self._also.get(id(module)):
-            raise ValueError(
-                f"target {name} is also in the model as {', '.join(names)}, and PEFT replaces a module in one place "
-                "only; osora.attach adapts it in all, exclude_modules leaves it out"
-            )
-
-    def _look_around(self) -> None:
-        """What the checks of targets ask about the whole model."""
-        self._bypassed, self._holders = bypassed(self.model), weight_holders(self.model)
-        names: dict[int, list[str]] = {}
-        for name, module in self.model.named_modules(remove_duplicate=False):
-            names.setdefault(id(module), []).append(name)
-        self._also = {key: found[1:] for key, found in names.items() if len(found) > 1}
 
     # -- an adapter's way in --
 
@@ -87,25 +64,28 @@ class AdapterModel(BaseTuner):
         description = self._description(config)
         if description is not None:
             config.__dict__["_wanted"] = frozenset(description.modules)
-        self._look_around()
+        befores: dict[str, Before] = self.__dict__.setdefault("_befores", {})
+        befores[adapter_name] = Before(model, biases=description is not None and config.bias != "none")
         self._made: list[tuple[AdapterLayer, bool]] = []
-        trainable = {id(p): (p, p.requires_grad) for p in model.parameters()}
         try:
+            self._around = Surroundings(model, config)
             super().inject_adapter(model, adapter_name, *args, **kwargs)
             layers = [layer for layer, _ in self._made]
             if not layers:  # PEFT before 0.21 takes a further adapter that is in no layer
                 raise ValueError(f"target_modules {config.target_modules!r} of {adapter_name!r} not found in the model")
             if description is None:
+                check_rank_pattern(config.rank_pattern, [layer.name for layer in layers])
                 fill(layers, adapter_name, config)
             else:
                 await_file(layers, adapter_name, config, description)
         except BaseException:
             self._take_out(model, adapter_name)
-            for parameter, requires_grad in trainable.values():
-                parameter.requires_grad_(requires_grad)
             raise
         finally:
-            del self._made, self._holders, self._bypassed, self._also
+            del self._made
+            self.__dict__.pop("_around", None)
+        if description is None:
+            del befores[adapter_name]
         model.__dict__.setdefault(_IN_ORDER, []).extend(keep_order(model))
         config.settle_in(model, adapter_name)
         self._penalise(model, adapter_name, layers, config)
@@ -131,7 +111,7 @@ class AdapterModel(BaseTuner):
         is_new = not isinstance(target, self.layer_class)
         layer = target
         if is_new:
-            self._check_target(current_key, target)
+            self._around.check(current_key, target)
             layer = self.layer_class(target, current_key)
         assert isinstance(layer, AdapterLayer)
         adapter = Adapter(
@@ -185,17 +165,21 @@ class AdapterModel(BaseTuner):
         if arrived:
             config: Any = self.peft_config[adapter_name]
             config.osora = None
+            self.__dict__.get("_befores", {}).pop(adapter_name, None)
 
     # -- an adapter's way out --
 
     def _take_out(self, model: nn.Module, name: str) -> None:
-        """Remove an adapter that could not be completed, and layers that have no other."""
+        """Remove an adapter that could not be completed, layers that have no other, and whole modules of its own."""
+        put_originals(model, name)
         for key, layer in list(layers_of(model, name).items()):
             layer.has.pop(name)
             BaseTunerLayer.delete_adapter(layer, name)
             if not layer.has:
                 parent, _, last = key.rpartition(".")
                 setattr(model.get_submodule(parent), last, layer.base_layer)
+        if (before := self.__dict__.get("_befores", {}).pop(name, None)) is not None:
+            before.restore()
         self.peft_config.pop(name, None)
         model.__dict__.get(_PENALTIES, {}).pop(name, None)
         if not self.peft_config:
@@ -207,13 +191,24 @@ class AdapterModel(BaseTuner):
         self.model.__dict__.get(_PENALTIES, {}).pop(adapter_name, None)
 
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
-        """Merge adapters into all layers or, if one cannot be, into none. See :meth:`AdapterLayer.merge`."""
+        """Merge adapters into all layers or, if one cannot be, into none. See :meth:`AdapterLayer.merge`.
+
+        Raises:
+            ValueError: an adapter that the model does not have; a merged weight that is not finite.
+        """
+        self._check_there(adapter_names)
         with self._all_or_none():
             super().merge_adapter(adapter_names=adapter_names, safe_merge=safe_merge)
 
+    def _check_there(self, adapter_names: object) -> None:
+        if isinstance(adapter_names, list | tuple):
+            for name in adapter_names:
+                if name not in self.peft_config:
+                    raise ValueError(f"there is no adapter {name!r}: the model has {', '.join(self.peft_config)}")
+
     @contextmanager
     def _all_or_none(self) -> Iterator[None]:
-        layers = [module for module in self.model.modules() if isinstance(module, AdapterLayer)]
+        layers: list[Any] = [module for module in self.model.modules() if isinstance(module, BaseTunerLayer)]
         before = [list(layer.merged_adapters) for layer in layers]
         try:
             yield
@@ -226,16 +221,20 @@ class AdapterModel(BaseTuner):
             raise
 
     def _unload_and_optionally_merge(self, merge: bool = True, **kwargs: Any) -> Any:  # type: ignore[override]
-        """Merged as a whole before a layer is unloaded; or not merged, which means the base weights."""
-        layers = [module for module in self.model.modules() if isinstance(module, AdapterLayer)]
+        """Merged as a whole before a layer is unloaded; or not merged: the base's own weights and modules."""
+        layers: list[Any] = [module for module in self.model.modules() if isinstance(module, BaseTunerLayer)]
+        own = [layer for layer in layers if isinstance(layer, AdapterLayer)]
         if merge:
+            self._check_there(kwargs.get("adapter_names"))
             with self._all_or_none():
                 for layer in layers:
                     layer.merge(safe_merge=kwargs.get("safe_merge", False), adapter_names=kwargs.get("adapter_names"))
-        for layer in layers:
-            if layer.merged_adapters and not merge:
+        for layer in layers:  # PEFT's own layers will be merged again as they are unloaded: now it cannot fail
+            if layer.merged_adapters and not (merge and isinstance(layer, AdapterLayer)):
                 layer.unmerge()
-        return self._unload(merge, layers, kwargs)
+        if not merge:
+            put_originals(self.model)
+        return self._unload(merge, own, kwargs)
 
     def _unload(self, merge: bool, layers: list[AdapterLayer], kwargs: dict[str, Any]) -> Any:
         for layer in layers:  # merged already: PEFT's own call finds nothing to do
@@ -285,7 +284,8 @@ class OsoraModel(AdapterModel):
 
         Raises:
             ValueError: another ``combination_type``, an adapter that is not there, a name that is taken, lists of
-                different lengths, or adapters that share no basis.
+                different lengths, weights that are not finite, adapters that share no basis, or that train more than
+                their layers (``modules_to_save``, ``trainable_token_indices``).
         """
         if combination_type != "linear":
             raise ValueError(
@@ -298,6 +298,15 @@ class OsoraModel(AdapterModel):
             raise ValueError(f"the model has an adapter {adapter_name!r} already")
         if not adapters or len(adapters) != len(weights):
             raise ValueError(f"adapters and weights must have one length, got {len(adapters)} and {len(weights)}")
+        if not all(math.isfinite(weight) for weight in weights):
+            raise ValueError(f"weights must be finite numbers, got {weights!r}")
+        for each in adapters:
+            config: Any = self.peft_config[each]
+            if config.modules_to_save or config.trainable_token_indices:
+                raise ValueError(
+                    f"{each!r} trains whole modules or rows of embeddings (modules_to_save={config.modules_to_save!r}, "
+                    f"trainable_token_indices={config.trainable_token_indices!r}), of which there is no weighted sum"
+                )
         config = combine(self.model, self.peft_config, adapters, weights, adapter_name)
         self.peft_config[adapter_name] = config
         config.settle_in(self.model, adapter_name)
