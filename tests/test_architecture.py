@@ -20,9 +20,9 @@ LAYERS = [
     {"ops_ablations", "ops_sorsa", "ops_effective"},
     {"factors", "spectrum", "config", "fingerprint", "adapter_file", "formulas", "rows", "materialised"}
     | {"quantised", "bases"},
-    {"adapted", "layers", "evidence", "targets", "regularizer", "stream", "schedule"},
+    {"adapted", "layers", "card", "evidence", "saved", "targets", "regularizer", "stream", "schedule"},
     {"adapters", "checkpoint", "distributed", "estimate", "execution", "merge", "patch", "summary", "training"},
-    {"base_folder", "card", "counts", "export", "merge_saved", "saved", "sharing", "verify", "weights"},
+    {"base_folder", "counts", "export", "merge_saved", "resume", "sharing", "verify", "weights"},
     {"__main__", "analysis", "cli", "finetuning", "peft", "plots", "trainer"},
 ]
 LEAVES = LAYERS[-1]

@@ -98,7 +98,7 @@ def test_a_new_adapter_replaces_an_old_one(saved):
     model, ids = adapted(r=3), token_ids()
     save_adapter(model, saved)
     assert torch.equal(logits(load_adapter(tiny_llama(), saved), ids), logits(model, ids))
-    assert sorted(os.listdir(saved)) == FILES
+    assert sorted(os.listdir(saved)) == ["README.md", *FILES]
 
 
 @both
@@ -331,7 +331,7 @@ def test_what_is_in_the_files(tmp_path):
     model = adapted()
     for save_basis, kinds in ((True, ["o", "s", "S0", "U", "V"]), (False, ["o", "s", "S0"])):
         save_adapter(model, tmp_path, save_basis=save_basis)
-        assert sorted(os.listdir(tmp_path)) == FILES
+        assert sorted(os.listdir(tmp_path)) == ["README.md", *FILES]
         layers = adapted_layers(model)
         assert set(load_file(tmp_path / FILES[1])) == {key(name, kind) for name in layers for kind in kinds}
         config = json.loads((tmp_path / FILES[0]).read_text())

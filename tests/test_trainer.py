@@ -1,6 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """transformers' Trainer with the native API: train, checkpoint, resume to the bit, load into another process's base."""
 
+import dataclasses
+from pathlib import Path
+
 import pytest
 import torch
 from helpers import logits, move_adapter, run_python, token_ids
@@ -11,7 +14,7 @@ import osora
 
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")
 
-from osora.trainer import AdapterTraining, Trainer, restore_adapter  # noqa: E402
+from osora.trainer import AdapterTraining, Trainer  # noqa: E402
 
 CONFIGS = {
     "osora": osora.OsoraConfig(r=4),
@@ -144,12 +147,12 @@ def test_what_does_not_fit_is_refused(tmp_path):
     for what, wrong in other.items():
         osora.save_adapter(wrong, tmp_path / what)
         with pytest.raises(ValueError, match=r"is an adapter of other layers|has .*the model's adapter"):
-            restore_adapter(model, tmp_path / what)
+            osora.restore_adapter(model, tmp_path / what)
     changed = base()
     changed.model.layers[0].mlp.up_proj.weight.data[0, 0] += 1
     osora.save_adapter(osora.attach(changed, osora.OsoraConfig(r=4)), tmp_path / "base")
     with pytest.raises(osora.AdapterError, match="not the one this adapter was trained on"):
-        restore_adapter(model, tmp_path / "base")
+        osora.restore_adapter(model, tmp_path / "base")
     assert_equal(values(model), want)
     assert osora.adapter_names(model) == ["default"]
 
@@ -170,7 +173,7 @@ def test_restoring_another_method_is_refused(config, saved, tmp_path):
     model = osora.attach(base(), config)
     before = values(model)
     with pytest.raises(ValueError, match=r"was trained as .*, and the model's adapter 'default' is"):
-        restore_adapter(model, tmp_path)
+        osora.restore_adapter(model, tmp_path)
     assert_equal(values(model), before)
     assert osora.adapter_names(model) == ["default"]
 
@@ -249,6 +252,117 @@ def test_accelerate_on_two_processes(precision, tmp_path):
     for got, want in zip(ours, values(model), strict=True):
         # sums in another order, float32; entries are of size 0.1
         torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
+
+
+def on_two_processes(rank: int) -> None:
+    """What torchrun would set."""
+    import os
+
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "ACCELERATE_USE_CPU": "true"}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29999"}  # not used: the processes have found each other
+
+
+def resume_accelerate(rank: int, folder: str, config: osora.OsoraConfig | osora.SorsaConfig, save_basis: bool) -> tuple:
+    """Four steps of two accumulated micro-batches, whole, and from a checkpoint after two; the checkpoint's files."""
+    from accelerate import Accelerator, DistributedDataParallelKwargs
+
+    on_two_processes(rank)
+    mine = torch.tensor([row["input_ids"] for row in rows(16)])[rank::2]
+
+    def train(steps: slice, load: bool = False, save: bool = False) -> list[torch.Tensor]:
+        torch.manual_seed(rank + 100 * load)
+        kwargs = DistributedDataParallelKwargs(broadcast_buffers=False)
+        accelerator = Accelerator(cpu=True, gradient_accumulation_steps=2, kwargs_handlers=[kwargs])
+        osora.checkpoint_adapters(accelerator, save_basis=save_basis)
+        model = osora.attach(base(), config)
+        optimizer = torch.optim.AdamW(osora.adapter_parameters(model), lr=1e-2)
+        schedule = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.7)
+        other = torch.nn.Linear(2, 2)  # a model without an adapter is accelerate's own matter
+        prepared, other, optimizer, schedule = accelerator.prepare(model, other, optimizer, schedule)
+        if load:
+            accelerator.load_state(folder)
+        else:
+            with torch.no_grad():
+                other.module.bias.fill_(7.0)
+        for ids in mine[steps]:
+            with accelerator.accumulate(prepared):
+                accelerator.backward(prepared(input_ids=ids[None], labels=ids[None]).loss)
+                optimizer.step()
+                schedule.step()
+                optimizer.zero_grad()
+        if save:
+            accelerator.save_state(folder)
+        assert float(other.module.bias[0]) == 7.0
+        accelerator.free_memory()
+        return values(model)
+
+    whole, half = train(slice(0, 8)), train(slice(0, 4), save=True)
+    names = {str(path.relative_to(folder)) for path in Path(folder).rglob("*") if path.is_file()}
+    return whole, half, train(slice(4, 8), load=True), names
+
+
+@pytest.mark.parametrize("method", CONFIGS)
+def test_accelerate_resumes_on_two_processes(method, tmp_path):
+    """To the bit, dropout included, from a checkpoint that holds no frozen weight."""
+    from processes import on_processes
+
+    pytest.importorskip("accelerate", reason="accelerate is not installed")
+    config = dataclasses.replace(CONFIGS[method], dropout=0.2, tol=1e-4)
+    folder, save_basis = tmp_path / "checkpoint", method == "osora"
+    found = on_processes(tmp_path, resume_accelerate, str(folder), config, save_basis)
+    saved = values(osora.load_adapter(base(), folder / "adapter"))
+    for whole, half, resumed, names in found:
+        assert_equal(half, saved)
+        assert_equal(whole, resumed)
+        assert_equal(whole, found[0][0])
+        assert any(value.abs().max() > 0 for value in whole)
+        assert {"adapter/adapter_config.json", "adapter/adapter_model.safetensors", "model.safetensors"} <= names
+    assert (folder / "model.safetensors").stat().st_size < 1000, "the other model alone"
+
+
+def test_accelerate_that_hands_over_no_model_is_refused():
+    """As under FSDP, where the list of weights is empty."""
+
+    class Accelerator:
+        distributed_type = "FSDP"
+        register_load_state_pre_hook = staticmethod(lambda hook: None)
+
+        def register_save_state_pre_hook(self, hook):
+            self.hook = hook
+
+    accelerator = Accelerator()
+    osora.checkpoint_adapters(accelerator)
+    with pytest.raises(
+        ValueError, match="saves models by itself under FSDP: checkpoint_adapters is for one process or"
+    ):
+        accelerator.hook([adapted()], [], "nowhere")
+
+
+def resume_trainer(rank: int, folder: str, config: osora.OsoraConfig | osora.SorsaConfig) -> tuple[list, list]:
+    """osora's Trainer, whole, and from its checkpoint."""
+    on_two_processes(rank)
+
+    def train(name: str, checkpoint: str | None) -> list[torch.Tensor]:
+        options = {"gradient_accumulation_steps": 2, "ddp_backend": "gloo", "ddp_broadcast_buffers": False}
+        args = settings(transformers.TrainingArguments, Path(folder, name), max_steps=4, save_steps=2, **options)
+        assert args.world_size == 2
+        trainer = Trainer(model=osora.attach(base(), config), args=args, train_dataset=rows(16))
+        trainer.train(resume_from_checkpoint=checkpoint)
+        return values(trainer.accelerator.unwrap_model(trainer.model))
+
+    whole = train("whole", None)
+    return whole, train("resumed", f"{folder}/whole/checkpoint-2")
+
+
+def test_trainer_resumes_on_two_processes(tmp_path):
+    from processes import on_processes
+
+    config = dataclasses.replace(CONFIGS["sorsa"], dropout=0.2)
+    for whole, resumed in (found := on_processes(tmp_path, resume_trainer, str(tmp_path), config)):
+        assert_equal(whole, resumed)
+        assert_equal(whole, found[0][0])
+        assert any(value.abs().max() > 0 for value in whole)
+    assert_small(tmp_path / "whole/checkpoint-2")
 
 
 def test_it_goes_before_any_trainer():

@@ -24,6 +24,7 @@ from osora.merge import merge, unmerge
 from osora.merge_saved import MergedFolder, merge_saved
 from osora.patch import adapter_parameters, attach, detach, disabled
 from osora.plots import plot_changes, plot_spectra
+from osora.resume import checkpoint_adapters, restore_adapter
 from osora.saved import AdapterInfo, SavedModule, adapter_info
 from osora.sharing import share_base
 from osora.spectrum import Spectrum, rank_for_energy, spectrum
@@ -64,6 +65,7 @@ __all__ = [
     "add_adapter",
     "attach",
     "build_info",
+    "checkpoint_adapters",
     "count_parameters",
     "detach",
     "disabled",
@@ -79,6 +81,7 @@ __all__ = [
     "rank_for_energy",
     "refresh",
     "remove_adapter",
+    "restore_adapter",
     "save_adapter",
     "set_adapter",
     "set_execution",

@@ -10,7 +10,7 @@ import time
 import warnings
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +18,11 @@ import torch
 from torch import Tensor, nn
 
 from osora.adapted import DEFAULT, AdaptedLinear
+from osora.adapter_file import BLOCK, CONFIG_FILE, AdapterError, block_of, described, read_adapter, write_adapter
 from osora.adapter_file import METHODS as FILE_METHODS
-from osora.adapter_file import AdapterError, Description, block_of, method_options, read_adapter, write_adapter
 from osora.bases import base_weight
-from osora.config import METHODS, AdapterConfig
+from osora.card import keep_card
+from osora.config import AdapterConfig
 from osora.evidence import check_bases, check_rebuilt, check_shared, check_stored, describe
 from osora.factors import Decomposition, check_max_memory
 from osora.formulas import formula_of
@@ -38,7 +39,16 @@ from osora.patch import (
     refuse_if_busy,
     state_of,
 )
-from osora.targets import Target, base_modules, check_has_values, check_is_linear, check_not_tied, weight_holders
+from osora.saved import config_of
+from osora.targets import (
+    Target,
+    base_modules,
+    check_has_values,
+    check_is_linear,
+    check_not_tied,
+    uncompiled,
+    weight_holders,
+)
 
 # -- save ------------------------------------------------------------------------------------------------------------
 
@@ -81,7 +91,7 @@ def _refuse_sharded(layers: Mapping[str, AdaptedLinear]) -> None:
 
 def _options(model: nn.Module, config: AdapterConfig, save_basis: bool) -> dict[str, Any]:
     """What stands beside the block: what PEFT asks of any adapter, and the method's options."""
-    base = type(model)
+    base = type(uncompiled(model))
     return {
         "peft_type": config.method.upper(),
         "auto_mapping": {"base_model_class": base.__name__, "parent_library": base.__module__},
@@ -103,7 +113,9 @@ def save_adapter(
 
     Args:
         model: a model with an adapter, merged or not.
-        folder: gets ``adapter_model.safetensors`` and ``adapter_config.json``, each written whole or not at all.
+        folder: gets ``adapter_model.safetensors`` and ``adapter_config.json``, each written whole or not at all; and
+            a model card as of :func:`osora.write_card`, where huggingface_hub is installed. A card with metadata that
+            cannot be read is left as it is, with a warning.
         save_basis: store U and V, in the base weight's dtype. Without them the file of an OSoRA adapter is a few
             kilobytes to megabytes and loading computes them again from the base; decompose with ``tol <= 1e-4`` then,
             so that another machine finds the same basis.
@@ -137,9 +149,9 @@ def save_adapter(
         )
     with ThreadPoolExecutor(max(1, torch.get_num_threads())) as pool:  # hashing leaves the interpreter's lock
         modules = list(pool.map(lambda item: _describe(item[0], item[1], adapter), layers.items()))
-    write_adapter(
-        Path(folder), tensors, _options(model, state.config, save_basis) | {"osora": block_of(modules, save_basis)}
-    )
+    written = _options(model, state.config, save_basis) | {BLOCK: block_of(modules, save_basis)}
+    write_adapter(Path(folder), tensors, written)
+    keep_card(Path(folder), described(written, Path(folder, CONFIG_FILE)))
 
 
 # -- load ------------------------------------------------------------------------------------------------------------
@@ -148,7 +160,7 @@ def save_adapter(
 def _find_module(model: nn.Module, described: Mapping[str, Any], holders: dict[int, set[int]]) -> nn.Module:
     name = described["name"]
     try:
-        module = model.get_submodule(name)
+        module = uncompiled(model).get_submodule(name)
     except AttributeError as error:
         raise AdapterError(f"the adapter is for {name}, which this model does not have") from error
     if isinstance(module, AdaptedLinear):
@@ -205,16 +217,6 @@ def _stored_factors(described: Mapping[str, Any], saved: Mapping[str, Tensor]) -
 
 def _has_basis(layer: AdaptedLinear | None, rank: int) -> bool:
     return layer is not None and layer.S0.numel() >= rank
-
-
-def config_of(description: Description) -> AdapterConfig:
-    """The config that a saved adapter was trained with. Raises AdapterError for an unknown option or a bad value."""
-    kind = METHODS[description.method.name]
-    options = method_options(description, {field.name for field in fields(kind)})
-    try:
-        return kind.from_dict(options)
-    except (TypeError, ValueError) as error:
-        raise AdapterError(f"{description.path}: {error}") from error
 
 
 def load_adapter(

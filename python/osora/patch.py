@@ -20,7 +20,7 @@ from osora.layers import make_layer
 from osora.quantised import allow_packing, keep_order
 from osora.regularizer import Penalty
 from osora.spectrum import captured_energy, rank_for_energy
-from osora.targets import Target, find_targets
+from osora.targets import Target, find_targets, uncompiled
 
 log = logging.getLogger("osora")
 
@@ -77,9 +77,15 @@ def state_of(model: nn.Module) -> State:
     return state
 
 
+def has_adapter(model: object) -> bool:
+    """Whether an adapter has been attached to this very model."""
+    return isinstance(getattr(model, _STATE, None), State)
+
+
 def osora_layers(model: nn.Module) -> dict[str, AdaptedLinear]:
     """Name → layer that any adapter is in, in the model's order; a shared layer once."""
-    return {name: module for name, module in model.named_modules() if isinstance(module, AdaptedLinear)}
+    found = uncompiled(model).named_modules()
+    return {name: module for name, module in found if isinstance(module, AdaptedLinear)}
 
 
 def adapted_layers(model: nn.Module, adapter: str | None = None) -> dict[str, AdaptedLinear]:
@@ -192,7 +198,7 @@ def with_enough(target: Target, S: Tensor, norm: Tensor | float, fraction: float
 def _replace(model: nn.Module, names: Iterable[str], module: nn.Module) -> None:
     for name in names:
         parent, _, last = name.rpartition(".")
-        setattr(model.get_submodule(parent), last, module)
+        setattr(uncompiled(model).get_submodule(parent), last, module)
 
 
 Layers = list[tuple[Target, AdaptedLinear]]
@@ -200,12 +206,12 @@ Layers = list[tuple[Target, AdaptedLinear]]
 
 def install(model: nn.Module, layers: Layers, name: str, adapter: AdapterState) -> None:
     """Wrap the targets in their finished layers and freeze everything else: the model's first adapter."""
-    required_grad = {name: p.requires_grad for name, p in model.named_parameters()}
+    required_grad = {name: p.requires_grad for name, p in uncompiled(model).named_parameters()}
     for parameter in model.parameters():
         parameter.requires_grad_(False)
     for target, layer in layers:
         _replace(model, target.names, layer)
-    setattr(model, _STATE, State(required_grad, name, {name: adapter}, keep_order(model)))
+    setattr(uncompiled(model), _STATE, State(required_grad, name, {name: adapter}, keep_order(model)))
     adapter.begin(model, name)
 
 
@@ -227,7 +233,7 @@ def notes_of(targets: Iterable[Target]) -> dict[str, str]:
 def unwrap(model: nn.Module, layers: Iterable[AdaptedLinear]) -> None:
     """Put their base layers back in their places, under every name they have."""
     identities = {id(layer) for layer in layers}
-    for name, module in list(model.named_modules(remove_duplicate=False)):
+    for name, module in list(uncompiled(model).named_modules(remove_duplicate=False)):
         if isinstance(module, AdaptedLinear) and id(module) in identities:
             _replace(model, [name], module.base_layer)
 
@@ -327,8 +333,8 @@ def detach(model: nn.Module, *, merged: bool = False) -> nn.Module:
                 layer.unmerge()
     unwrap(model, osora_layers(model).values())
     allow_packing(state.in_order)
-    delattr(model, _STATE)
-    for name, parameter in model.named_parameters():
+    delattr(uncompiled(model), _STATE)
+    for name, parameter in uncompiled(model).named_parameters():
         parameter.requires_grad_(state.required_grad.get(name, parameter.requires_grad))
     return model
 

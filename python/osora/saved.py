@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""An adapter on disk, looked at without its base model: what it is, and the changes of weights that it holds."""
+"""An adapter on disk, without its base model: its config, what it is, the changes of weights that it holds."""
 
+import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
@@ -15,10 +16,10 @@ from osora.adapter_file import (
     TENSOR_FILE,
     AdapterError,
     Description,
+    method_options,
     read_adapter,
 )
-from osora.checkpoint import config_of
-from osora.config import AdapterConfig
+from osora.config import METHODS, AdapterConfig
 from osora.formulas import formula_of
 
 
@@ -43,7 +44,7 @@ class SavedModule:
 
 @dataclass(frozen=True)
 class AdapterInfo:
-    """What a saved adapter is. Everything in its folder has been read and checked, but no base was looked at."""
+    """What a saved adapter is, as its files say; no base was looked at."""
 
     folder: Path
     method: str
@@ -89,6 +90,33 @@ def _text(description: Description, key: str) -> str | None:
     return value if isinstance(value, str) and value else None
 
 
+def config_of(description: Description) -> AdapterConfig:
+    """The config that a saved adapter was trained with. Raises AdapterError for an unknown option or a bad value."""
+    kind = METHODS[description.method.name]
+    options = method_options(description, {field.name for field in fields(kind)})
+    try:
+        return kind.from_dict(options)
+    except (TypeError, ValueError) as error:
+        raise AdapterError(f"{description.path}: {error}") from error
+
+
+def info_of(folder: Path, description: Description) -> AdapterInfo:
+    """What a description in ``folder`` says; the tensors are not read. Raises AdapterError as :func:`config_of`."""
+    config = config_of(description)
+    shapes, trained = description.shapes(), formula_of(config).trained
+    return AdapterInfo(
+        folder,
+        description.method.name,
+        config,
+        _text(description, "base_model_name_or_path"),
+        _text(description, "task_type"),
+        description.save_basis,
+        tuple(_module(item) for item in description.modules.values()),
+        sum(math.prod(shapes[description.method.key(name, kind)]) for name in description.modules for kind in trained),
+        sum((folder / name).stat().st_size for name in (CONFIG_FILE, TENSOR_FILE)),
+    )
+
+
 def adapter_info(folder: str | os.PathLike[str]) -> AdapterInfo:
     """Read and check an adapter's folder, without its base model.
 
@@ -99,22 +127,7 @@ def adapter_info(folder: str | os.PathLike[str]) -> AdapterInfo:
         FileNotFoundError: no adapter in ``folder``.
         AdapterError: a damaged or foreign file.
     """
-    folder = Path(folder)
-    saved = read_adapter(folder)
-    description, config = saved.description, config_of(saved.description)
-    trained = formula_of(config).trained
-    numbers = sum(tensors[kind].numel() for tensors in saved.tensors.values() for kind in trained)
-    return AdapterInfo(
-        folder,
-        description.method.name,
-        config,
-        _text(description, "base_model_name_or_path"),
-        _text(description, "task_type"),
-        description.save_basis,
-        tuple(_module(item) for item in description.modules.values()),
-        numbers,
-        sum((folder / name).stat().st_size for name in (CONFIG_FILE, TENSOR_FILE)),
-    )
+    return info_of(Path(folder), read_adapter(folder).description)
 
 
 def stored_changes(folder: str | os.PathLike[str]) -> dict[str, tuple[Tensor, Tensor]]:
@@ -130,4 +143,4 @@ def stored_changes(folder: str | os.PathLike[str]) -> dict[str, tuple[Tensor, Te
     return {name: formula.factors((t["U"], t["V"], t["S0"]), formula.named(t)) for name, t in saved.tensors.items()}
 
 
-__all__ = ["AdapterInfo", "SavedModule", "adapter_info", "stored_changes"]
+__all__ = ["AdapterInfo", "SavedModule", "adapter_info", "config_of", "info_of", "stored_changes"]

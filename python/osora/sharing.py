@@ -8,6 +8,7 @@ from torch import nn
 
 from osora.patch import _STATE, osora_layers, state_of
 from osora.quantised import keep_order
+from osora.targets import uncompiled
 
 
 def share_base(model: nn.Module) -> nn.Module:
@@ -56,7 +57,7 @@ def share_base(model: nn.Module) -> nn.Module:
     other = copy.deepcopy(model, shared)
     if layers:
         required = state_of(model).required_grad
-        delattr(other, _STATE)
-        for name, parameter in other.named_parameters():
+        delattr(uncompiled(other), _STATE)
+        for name, parameter in uncompiled(other).named_parameters():
             parameter.requires_grad_(required.get(name, parameter.requires_grad))
     return other

@@ -115,6 +115,12 @@ def weight_holders(model: nn.Module) -> dict[int, set[int]]:
     return holders
 
 
+def uncompiled(model: nn.Module) -> nn.Module:
+    """The model that ``torch.compile(model)`` stands for, in which modules have the names they are saved under."""
+    original = model._modules.get("_orig_mod")
+    return model if original is None else original
+
+
 def of_peft(model: nn.Module) -> set[str]:
     """Names of PEFT's layers and wrappers; what is in them belongs to its adapters."""
     kinds = [
@@ -125,7 +131,7 @@ def of_peft(model: nn.Module) -> set[str]:
         )
         if where in sys.modules  # or the model has none
     ]
-    return {name for name, module in model.named_modules() if isinstance(module, tuple(kinds))}
+    return {name for name, module in uncompiled(model).named_modules() if isinstance(module, tuple(kinds))}
 
 
 def check_not_of_peft(name: str, outer: set[str]) -> None:
@@ -143,7 +149,7 @@ def check_not_of_peft(name: str, outer: set[str]) -> None:
 def base_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """Every name of every module, as if the model had no adapter: an adapted layer's base stands in its place."""
     inside: set[str] = set()
-    for name, module in model.named_modules(remove_duplicate=False):
+    for name, module in uncompiled(model).named_modules(remove_duplicate=False):
         if isinstance(module, AdaptedLinear):
             inside.add(f"{name}.base_layer")
             yield name, module.base_layer

@@ -15,60 +15,11 @@ from torch import nn
 from transformers import Trainer as _Trainer
 from transformers.utils import logging
 
-from osora.adapters import active_adapter, remove_adapter
-from osora.checkpoint import load_adapter, save_adapter
-from osora.patch import adapted_layers, adapter_parameters, state_of
+from osora.checkpoint import save_adapter
+from osora.patch import adapter_parameters, has_adapter
+from osora.resume import restore_adapter
 
 log = logging.get_logger("osora")
-
-_RESTORED = "restored from a checkpoint"
-
-
-def restore_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> nn.Module:
-    """Put a saved adapter's values into the model's active adapter: the same parameters, which an optimiser may have.
-
-    All of :func:`osora.load_adapter`'s checks are made: of the files, of the base weights, and that the adapter was
-    trained in the basis which the model has.
-
-    Args:
-        model: a model with an adapter, not merged.
-        folder: what :func:`osora.save_adapter` or a trainer's checkpoint wrote.
-
-    Returns:
-        ``model`` itself. If anything is wrong, it is as it was.
-
-    Raises:
-        ValueError: no adapter, or merged; the saved one is for other layers, of other ranks, or of another method.
-        AdapterError, FileNotFoundError: as for :func:`osora.load_adapter`.
-    """
-    name = active_adapter(model)
-    before = adapted_layers(model)
-    load_adapter(model, folder, name=_RESTORED)
-    try:
-        saved = adapted_layers(model, _RESTORED)
-        if saved.keys() != before.keys():
-            other = sorted(saved.keys() ^ before.keys())
-            raise ValueError(
-                f"{os.fspath(folder)} is an adapter of other layers than the model's {name!r}: {len(other)} differ, "
-                f"the first is {other[0]}"
-            )
-        for module, layer in before.items():
-            formulas = [layer.formula(which) for which in (name, _RESTORED)]
-            if formulas[0] != formulas[1]:
-                raise ValueError(
-                    f"{os.fspath(folder)} was trained as {formulas[1]}, and the model's adapter {name!r} is "
-                    f"{formulas[0]}: attach one with the saved adapter's config"
-                )
-            shapes = [[p.shape for p in layer.deltas(which)] for which in (name, _RESTORED)]
-            if shapes[0] != shapes[1]:
-                raise ValueError(f"{os.fspath(folder)}: {module} has {shapes[1]}, the model's adapter {shapes[0]}")
-        with torch.no_grad():
-            for layer in before.values():
-                for parameter, value in zip(layer.deltas(name), layer.deltas(_RESTORED), strict=True):
-                    parameter.copy_(value)
-    finally:
-        remove_adapter(model, _RESTORED)
-    return model
 
 
 class AdapterTraining:
@@ -92,7 +43,7 @@ class AdapterTraining:
     def _adapted(self) -> nn.Module | None:
         """The model as it was given, if it has an adapter."""
         model = self.accelerator.unwrap_model(self.model)  # type: ignore[attr-defined]
-        return model if _has_adapter(model) else None
+        return model if has_adapter(model) else None
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         model = self._adapted()
@@ -131,21 +82,13 @@ class Trainer(AdapterTraining, _Trainer):
     """``transformers.Trainer`` whose checkpoints are adapters; see :class:`AdapterTraining`."""
 
 
-def _has_adapter(model: Any) -> bool:
-    try:
-        state_of(model)
-    except ValueError:
-        return False
-    return True
-
-
 @contextmanager
 def _as_trainable(model: Any) -> Iterator[None]:
     """Let a trainer take a quantised model: it knows of PEFT's adapters alone, and rounds what it trains to bfloat16.
 
     Of 16-bit parameters small steps are lost, so they are made float32 again.
     """
-    if not (isinstance(model, nn.Module) and _has_adapter(model) and getattr(model, "is_quantized", False)):
+    if not (isinstance(model, nn.Module) and has_adapter(model) and getattr(model, "is_quantized", False)):
         yield
         return
     before = [(parameter, parameter.detach().clone()) for parameter in adapter_parameters(model)]
@@ -159,4 +102,4 @@ def _as_trainable(model: Any) -> Iterator[None]:
                 parameter.data = values
 
 
-__all__ = ["AdapterTraining", "Trainer", "restore_adapter"]
+__all__ = ["AdapterTraining", "Trainer"]

@@ -13,6 +13,7 @@ from osora.base_folder import BaseFolder
 from osora.bases import dense_weight, is_conv1d
 from osora.layers import AdaptedLinear
 from osora.quantised import refuse_unsupported
+from osora.targets import uncompiled
 
 Source = nn.Module | Mapping[str, Tensor] | str | Path
 """A model, with an adapter or without; tensors by name, as of ``state_dict()``; or the folder of a saved model."""
@@ -75,7 +76,7 @@ def module_name(key: str) -> str:
 def _of_model(model: nn.Module, adapter: bool) -> dict[str, Callable[[], Tensor]]:
     found: dict[str, Callable[[], Tensor]] = {}
     inside: set[nn.Module] = set()
-    for name, module in model.named_modules():
+    for name, module in uncompiled(model).named_modules():
         base = getattr(module, "base_layer", None)
         if isinstance(base, nn.Module) and _is_linear(base):
             inside.update(module.modules())

@@ -12,9 +12,9 @@ from torch import nn
 
 from osora import config as native
 from osora.adapter_file import BLOCK, CONFIG_FILE, Description, check_header, described, read_description
-from osora.checkpoint import config_of
 from osora.config import ALL_LINEAR
 from osora.peft.registry import peft_type
+from osora.saved import config_of
 
 
 @dataclass

@@ -16,10 +16,10 @@ from typing import Any
 
 from peft import PeftModel
 
-from osora.adapter_file import CONFIG_FILE, finish
+from osora.adapter_file import CONFIG_FILE, finish, read_description
+from osora.card import CARD_FILE, keep_card
 from osora.peft.config import AdapterConfig
 
-_CARD = "README.md"  # which PEFT updates if there is one
 _MARK = "_osora_whole_files"
 
 
@@ -54,12 +54,23 @@ def _whole(save_pretrained: Callable[..., None]) -> Callable[..., None]:
         if None in chosen or not options["is_main_process"] or folder.is_file():
             return save_pretrained(*args, **kwargs)  # which refuses, or writes nothing
         folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=".saving.", dir=folder) as new:
-            if (folder / _CARD).is_file():
-                shutil.copyfile(folder / _CARD, Path(new, _CARD))
-            options["save_directory"] = new
+        places = {
+            "" if name == "default" else name
+            for name, config in zip(configs if names is None else names, chosen, strict=True)
+            if isinstance(config, AdapterConfig)
+        }
+        with tempfile.TemporaryDirectory(prefix=".saving.", dir=folder) as made:
+            new = Path(made)
+            cards = {place for place in places | {""} if (folder / place / CARD_FILE).is_file()}
+            for place in cards:
+                (new / place).mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(folder / place / CARD_FILE, new / place / CARD_FILE)
+            options["save_directory"] = made
             save_pretrained(*given.args, **given.kwargs)
-            _rename(Path(new), folder)
+            for place in places:
+                description = read_description(new / place)
+                keep_card(new / place, description, with_peft=True, add_section=place not in cards)
+            _rename(new, folder)
 
     setattr(save, _MARK, True)
     return save
