@@ -13,10 +13,17 @@ import pytest
 
 FOLDERS = [folder for folder in os.environ.get("OSORA_PEFT_FOLDERS", "").split(os.pathsep) if folder]
 HERE = Path(__file__).parent
-FILES = ["test_peft.py", "test_peft_files.py", "test_peft_many.py", "test_peft_quantised.py", "test_peft_rollback.py"]
+FILES = [
+    "test_peft.py",
+    "test_peft_files.py",
+    "test_peft_many.py",
+    "test_peft_quantised.py",
+    "test_peft_rollback.py",
+    "test_trl_peft.py",  # Trainer, SFT and DPO
+]
 
 
-@pytest.mark.slow  # one and a half minutes for each version
+@pytest.mark.slow  # two minutes for each version
 @pytest.mark.parametrize("folder", FOLDERS or [None])
 def test_under_another_version(folder):
     if folder is None:
