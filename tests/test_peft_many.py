@@ -52,6 +52,26 @@ def test_each_row_by_its_own_adapter(make):
     assert all(layer.batch is None for layer in layers(model))
 
 
+@pytest.mark.parametrize("options", [{"modules_to_save": ["lm_head"]}, {"trainable_token_indices": [3, 5]}], ids=str)
+@pytest.mark.filterwarnings("ignore:Model has .tie_word_embeddings=True. and:UserWarning")
+def test_rows_of_adapters_with_and_without_whole_modules(options):
+    make = lambda: tiny_llama(tied=False)  # noqa: E731
+    model, ids = adapted(make, **options), torch.tensor([[3, 5, 7]] * 4)
+    with torch.no_grad():
+        for parameter in (p for p in model.parameters() if p.requires_grad):
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    model.add_adapter("two", OsoraConfig(r=4, tol=1e-4))
+    move(model, "two", 0.2)
+    wish = {name: alone(model, name, ids) for name in ("default", "two")} | {"__base__": logits(make(), ids)}
+    for active in ("default", "two"):
+        model.set_adapter(active)
+        for names in (["default", "two", "__base__", "default"], ["two"] * 4, ["default"] * 4):
+            with torch.no_grad():
+                got = model(ids, adapter_names=names).logits
+            for i, name in enumerate(names):
+                torch.testing.assert_close(got[i], wish[name][i], rtol=1e-4, atol=1e-4)
+
+
 def test_generation_with_beams():
     model, ids = three(), token_ids(3, 4)
     options = {"max_new_tokens": 3, "num_beams": 2, "do_sample": False, "pad_token_id": 0}

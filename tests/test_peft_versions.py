@@ -18,6 +18,7 @@ FILES = [
     "test_peft_files.py",
     "test_peft_many.py",
     "test_peft_quantised.py",
+    "test_peft_reloading.py",
     "test_peft_rollback.py",
     "test_trl_peft.py",  # Trainer, SFT and DPO
 ]

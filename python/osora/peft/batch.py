@@ -100,24 +100,31 @@ def rows_of_adapters(model: nn.Module, adapter_names: object, num_beams: object 
     layers = [module for module in model.modules() if isinstance(module, AdapterLayer)]
     with torch.no_grad():
         batches = [(encoder_tables if id(layer) in inside else tables).of(layer) for layer in layers]
-    hooks = []
+    hooks, switched = [], []
+    off = any(layer.disable_adapters for layer in layers)
     try:
         for layer, batch in zip(layers, batches, strict=True):
             layer.batch = batch
         for module in model.modules():  # whole modules that are saved with an adapter: PEFT's own way
             if isinstance(module, AuxiliaryTrainingWrapper):
                 own = names if id(module) in inside else repeated
+                own = [name if name in module._adapters else BASE for name in own]  # PEFT's ends in a KeyError
 
                 def add(_module: nn.Module, args: tuple, kwargs: dict, own: list[str] = own) -> tuple[tuple, dict]:
                     return args, kwargs | {"adapter_names": own}
 
                 hooks.append(module.register_forward_pre_hook(add, with_kwargs=True))
+                if module.disable_adapters and not off:  # PEFT 0.18 does so where the active adapter has no such module
+                    module.enable_adapters(True)
+                    switched.append(module)
         yield
     finally:
         for layer in layers:
             layer.batch = None
         for hook in hooks:
             hook.remove()
+        for module in switched:
+            module.enable_adapters(False)
 
 
 __all__ = ["BASE", "rows_of_adapters"]

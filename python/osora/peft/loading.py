@@ -22,8 +22,8 @@ def check_arrived(layer: AdapterLayer, name: str) -> None:
     assert description is not None
     if not has_arrived(layer, name):
         raise AdapterError(
-            f"{name!r} waits for the tensors of the adapter that its configuration was read from, and there are none "
-            f"for {layer.name}: load them with PeftModel.from_pretrained, model.load_adapter or "
+            f"{name!r} waits for the tensors of the adapter that its configuration was read from, and has none for "
+            f"{layer.name}, or NaN: load them with PeftModel.from_pretrained, model.load_adapter or "
             "set_peft_model_state_dict. For a fresh adapter with the options of a saved one, set config.osora = None "
             "before get_peft_model"
         )

@@ -156,6 +156,8 @@ class AdapterModel(BaseTuner):
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
         """PEFT calls this when it has loaded an adapter: it is checked. There is nothing to cast."""
+        if self.peft_config[adapter_name].__dict__.get("_replacing"):  # whoever replaces it checks it
+            return
         layers = layers_of(self.model, adapter_name).values()
         try:
             arrived = loading.settle(layers, adapter_name)
