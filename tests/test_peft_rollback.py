@@ -76,6 +76,16 @@ def test_an_adapter_that_is_refused_on_loading(damage, options, low, tmp_path):
     assert_as_it_was(model, before)
 
 
+@pytest.mark.parametrize("low", [False, True])
+def test_a_base_without_values(low, tmp_path):
+    adapted().save_pretrained(tmp_path)
+    model = tiny_llama().to("meta")
+    before = [id(module) for module in model.modules()]
+    with pytest.raises(ValueError, match=r"q_proj\.weight is on the meta device and has no values: load the weights"):
+        PeftModel.from_pretrained(model, tmp_path, low_cpu_mem_usage=low)
+    assert [id(module) for module in model.modules()] == before and not hasattr(model, "peft_config")
+
+
 def test_a_second_one_that_is_refused_leaves_the_firsts_whole_modules():
     model, ids = adapted(untied, modules_to_save=["lm_head"]), token_ids()
     wish, before = logits(model, ids), [(name, id(module)) for name, module in model.named_modules()]

@@ -11,7 +11,15 @@ from torch import nn
 from osora.config import ALL_LINEAR
 from osora.patch import osora_layers
 from osora.peft.rollback import wrappers
-from osora.targets import bypassed, check_is_linear, check_not_bypassed, check_not_tied, layer_index, weight_holders
+from osora.targets import (
+    bypassed,
+    check_has_values,
+    check_is_linear,
+    check_not_bypassed,
+    check_not_tied,
+    layer_index,
+    weight_holders,
+)
 
 
 def _index(config: Any, key: str) -> int | None:
@@ -86,6 +94,7 @@ class Surroundings:
                 "target_modules, or leave this one out with exclude_modules"
             )
         check_is_linear(name, module)
+        check_has_values(name, module)
         check_not_bypassed(name, module, self.bypassed)
         check_not_tied(name, module, self.holders)
         if names := self.also.get(id(module)):
