@@ -192,6 +192,11 @@ def test_transformers_own_integration(save_basis, tmp_path):
         assert torch.equal(logits(other, ids), wish)
         other.delete_adapter("y")
         assert torch.equal(logits(other, ids), wish)
+    refusing = tiny_llama()
+    with pytest.raises(ValueError, match="not found in the base model"):
+        refusing.add_adapter(OsoraConfig(r=4, target_modules=["nothing"]))
+    refusing.add_adapter(OsoraConfig(r=4))  # nothing is left of the first
+    assert torch.equal(logits(refusing, ids), base)
     damaged = tiny_llama()
     damaged.model.layers[0].mlp.up_proj.weight.data[1, 2] += 0.1
     with pytest.raises(osora.AdapterError, match="is not the one this adapter was trained on"):

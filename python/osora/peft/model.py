@@ -252,6 +252,8 @@ class AdapterModel(BaseTuner):
         allow_packing(model.__dict__.pop(_IN_ORDER, ()))
         for attribute in ("peft_config", _PENALTIES):
             model.__dict__.pop(attribute, None)
+        if "_hf_peft_config_loaded" in model.__dict__:  # by which transformers' own integration knows of adapters
+            model._hf_peft_config_loaded = False  # type: ignore[assignment]
 
     # -- a batch of several --
 
