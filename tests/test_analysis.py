@@ -173,8 +173,9 @@ def test_an_adapter_is_compared_with_its_base(make, config):
     for name, change in zip(names, found, strict=True):
         layer = model.get_submodule(name)
         base = Weights(original)[name]
-        torch.testing.assert_close(Weights(model)[name], base + layer.delta_weight(), rtol=0, atol=0)
-        assert by_lapack(base, base + layer.delta_weight(), 4)[0] == pytest.approx(change.sigma, rel=1e-5)
+        delta = layer.delta_weight().t() if make is tiny_gpt2 else layer.delta_weight()
+        torch.testing.assert_close(Weights(model)[name], base + delta, rtol=0, atol=0)
+        assert by_lapack(base, base + delta, 4)[0] == pytest.approx(change.sigma, rel=1e-5)
     assert numbers(osora.weight_changes(original, model, rank=4, modules=names)) == numbers(found)
     osora.merge(model)
     assert numbers(osora.weight_changes(model, rank=4, modules=names)) == numbers(found)
@@ -206,6 +207,34 @@ def test_checkpoints(tmp_path, shards):
     whole = osora.weight_changes(tmp_path / "first", tmp_path / "second", rank=1)
     assert "model.embed_tokens" in [change.name for change in whole]
     assert math.isclose(found.mean.angle, sum(c.angle for c in found) / 14)
+
+
+def test_a_model_of_conv1d_against_its_checkpoint(tmp_path):
+    """GPT-2 stores weights as [in, out]: a square one must not be compared with its transpose."""
+    model = tiny_gpt2()
+    model.save_pretrained(tmp_path)
+    names = r".*\.(c_attn|c_proj|c_fc)"
+    for other in (tmp_path, {name: tensor.clone() for name, tensor in model.state_dict().items()}):
+        found = osora.weight_changes(other, model, modules=names)
+        assert len(found) == 8 and all(change.relative == change.sigma == 0 for change in found)
+    move_adapter(osora.attach(model, osora.SorsaConfig(r=4)))
+    assert numbers(osora.weight_changes(tmp_path, model, modules=names)) == numbers(
+        osora.weight_changes(model, modules=names)
+    )
+
+
+def test_a_weight_that_was_zero(tmp_path):
+    """Its change has no relative size, and JSON no infinity: null, and nothing of a long training is lost."""
+    model = tiny_llama()
+    torch.nn.init.zeros_(model.model.layers[0].mlp.up_proj.weight)
+    recorder = osora.ChangeRecorder(model, rank=2, modules=["up_proj"])
+    with torch.no_grad():
+        model.model.layers[0].mlp.up_proj.weight.normal_()
+    recorder.record(1)
+    recorder.save(tmp_path / "changes.json")
+    (record,) = json.loads((tmp_path / "changes.json").read_text())
+    assert [module["relative"] for module in record["modules"]] == [None, 0.0] and record["mean"]["relative"] is None
+    assert recorder.records[0].mean.relative == math.inf
 
 
 @pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")  # PEFT 0.21 asks for the old name

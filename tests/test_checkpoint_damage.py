@@ -11,7 +11,7 @@ from helpers import logits, move_adapter, tiny_llama, token_ids
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from osora import AdapterError, adapter_file, load_adapter, save_adapter
+from osora import AdapterError, SorsaConfig, adapter_file, attach, load_adapter, save_adapter
 from osora.patch import adapted_layers
 
 
@@ -95,6 +95,10 @@ TENSOR_DAMAGE = {
         lambda t: t.update({key(DOWN, "s"): torch.ones(5).int()}),
         r"osora_s\.weight must hold finite floating-point values",
     ),
+    "8 bits": (  # of which torch cannot say whether they are finite
+        lambda t: t.update({key(DOWN, "V"): t[key(DOWN, "V")].to(torch.float8_e4m3fn)}),
+        r"osora_V must hold finite floating-point values of 16 bits or more \(torch\.float8_e4m3fn\)",
+    ),
 }
 
 
@@ -139,8 +143,9 @@ CONFIG_DAMAGE = {
     "no basis after all": (block(save_basis=False), "28 tensors adapter_config.json does not name"),
     "rank a word": (module(rank="5"), "a module's rank is missing or no int"),
     "rank too large": (module(rank=6), r"lacks|must have shape"),
-    "rank negative": (module(rank=-5), "."),
-    "rank zero": (module(rank=0), "."),
+    "rank negative": (module(rank=-5), "a module's rank must be at least 1, got -5"),
+    "rank zero": (module(rank=0), "a module's rank must be at least 1, got 0"),
+    "no rows": (module(out_features=0), "a module's out_features must be at least 1, got 0"),
     "rank huge": (module(rank=10**18), "."),
     "other values": (module(values_sha256="0" * 64), "o, s, S0 of .* are damaged"),
     "other basis": (module(basis_sha256="0" * 64), "U, V of .* are damaged"),
@@ -150,9 +155,12 @@ CONFIG_DAMAGE = {
     "sketch of words": (module(delta_sketch=["a"] * 4), "delta_sketch must be 4 finite numbers"),
     "sketch of NaN": (module(basis_sketch=[float("nan")] * 4), "basis_sketch must be 4 finite numbers"),
     "sketch too large": (module(weight_sketch=[10**400] * 4), "weight_sketch must be 4 finite numbers"),
-    "dtype no dtype": (module(dtype="load", weight_sha256=""), "is not the one this adapter was trained on"),
-    "dtype of integers": (module(dtype="int8", weight_sha256=""), "is not the one this adapter was trained on"),
-    "dtype with a dot": (module(dtype="nn.Linear", weight_sha256=""), "is not the one this adapter was trained on"),
+    "dtype no dtype": (module(dtype="load"), "dtype must be one of float64, float32, bfloat16, float16, got 'load'"),
+    "dtype of integers": (module(dtype="int8"), "a module's dtype must be one of"),
+    "dtype with a dot": (module(dtype="nn.Linear"), "a module's dtype must be one of"),
+    "an expression too deep": (lambda c: c.update(target_modules="(" * 20_000), "is not a regular expression"),
+    "an expression too large": (lambda c: c.update(exclude_modules=f"a{{{2**70}}}"), "is not a regular expression"),
+    "a start beyond float32": (lambda c: c.update(initial_o=1e300), "initial_o must be from 1e-20 to 1e20"),
 }
 
 
@@ -200,6 +208,44 @@ def test_one_module_under_two_names_is_refused(save_basis, tmp_path):
     edit(tmp_path, lambda config: described(config)[-1].update(name=alias))
     edit_tensors(tmp_path, lambda t: [t.update({k.replace(DOWN, alias): t.pop(k)}) for k in list(t) if DOWN in k])
     refused(tmp_path, "base_model")
+
+
+@both
+def test_a_module_of_rank_0(save_basis, tmp_path):
+    """With tensors to match: nothing can be computed with it."""
+    save_adapter(adapted(), tmp_path, save_basis=save_basis)
+
+    def shorten(t: dict[str, Tensor]) -> None:
+        for kind in ("s", "S0", "U", "V"):
+            if key(DOWN, kind) in t:
+                t[key(DOWN, kind)] = t[key(DOWN, kind)][..., :0].contiguous()
+
+    edit(tmp_path, lambda config: described(config)[-1].update(rank=0))
+    edit_tensors(tmp_path, shorten)
+    refused(tmp_path, "rank must be at least 1")
+
+
+def test_an_alpha_beyond_float32(tmp_path):
+    """Its change is NaN, which no difference is larger than."""
+    model = attach(tiny_llama(), SorsaConfig(r=5, alpha=3.0))
+    save_adapter(model, tmp_path)
+    for alpha in (1e300, 1e38, 1e-300):
+        edit(tmp_path, lambda config, alpha=alpha: config.update(alpha=alpha))
+        refused(tmp_path, "alpha must be from 1e-20 to 1e20")
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_base_in_another_dtype_with_values_that_are_none(bad, saved):
+    """Neither its norm nor its sketch is a number, which no comparison would find too large."""
+
+    def broken() -> nn.Module:
+        model = tiny_llama(dtype=torch.bfloat16)
+        with torch.no_grad():
+            model.model.layers[0].mlp.up_proj.weight[3, 5] = bad
+        return model
+
+    with pytest.raises(AdapterError, match=r"layers\.0\.mlp\.up_proj is not the one this adapter was trained on"):
+        load_adapter(broken(), saved)
 
 
 def test_a_head_that_is_tied_now_is_refused(tmp_path):

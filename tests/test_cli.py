@@ -100,6 +100,17 @@ def test_verify_finds_what_loading_believes(folders):
     assert [m["name"] for m in found["modules"] if not m["ok"]] == ["model.layers.1.mlp.up_proj"]
 
 
+def test_verify_a_weight_of_zeros(tmp_path):
+    """It has no singular value to divide a residual by."""
+    base = tiny_llama()
+    torch.nn.init.zeros_(base.model.layers[0].mlp.up_proj.weight)
+    base.save_pretrained(tmp_path / "base")
+    osora.save_adapter(move_adapter(osora.attach(base, osora.OsoraConfig(r=5))), tmp_path / "adapter")
+    found = osora_json("verify", tmp_path / "adapter", tmp_path / "base")
+    residuals = {module["name"]: module["residual"] for module in found["modules"]}
+    assert found["ok"] and residuals["model.layers.0.mlp.up_proj"] == 0
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_verify_in_16_bits(dtype, tmp_path):
     """The vectors' rounding is no error, and another dtype is told."""

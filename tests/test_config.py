@@ -42,6 +42,7 @@ WRONG = [
     ({"exclude_modules": "*"}, ValueError, "exclude_modules: '\\*' is not a regular expression"),
     ({"exclude_modules": 5}, TypeError, "exclude_modules must be"),
     ({"rank_pattern": [("q", 1)]}, TypeError, "rank_pattern must map module names to ranks"),
+    ({"rank_pattern": {5: 1}}, TypeError, "rank_pattern must map module names to ranks, got the name 5"),
     ({"rank_pattern": {"[": 1}}, ValueError, "rank_pattern: '\\[' is not a regular expression"),
     ({"rank_pattern": {"q_proj": 0}}, ValueError, r"rank_pattern\['q_proj'\] must be at least 1"),
     ({"rank_pattern": {"q_proj": 1.5}}, TypeError, r"rank_pattern\['q_proj'\] must be an int"),

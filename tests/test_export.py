@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from adapters import adapted, edit_tensors
+from adapters import adapted, edit, edit_tensors
 from helpers import logits, move_adapter, run_python, tiny_bert, tiny_gpt2, tiny_llama, token_ids
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -259,6 +259,16 @@ def test_a_folder_without_its_basis_needs_the_base(tmp_path):
     assert not (tmp_path / "lora").exists()
 
 
+def test_a_folder_whose_options_were_changed_is_refused(tmp_path):
+    """The basis in it is enough to export it, and loading would refuse it."""
+    model = osora.attach(tiny_llama(), SorsaConfig(r=4, alpha=4.0))
+    osora.save_adapter(move_adapter(model), tmp_path / "adapter")
+    edit(tmp_path / "adapter", lambda config: config.update(alpha=8.0))
+    with pytest.raises(AdapterError, match="its options were changed"):
+        osora.export_lora(tmp_path / "adapter", tmp_path / "lora")
+    assert not (tmp_path / "lora").exists()
+
+
 def test_what_has_no_meaning_is_refused(tmp_path):
     model = adapted()
     osora.save_adapter(model, tmp_path / "adapter")
@@ -284,9 +294,14 @@ def test_what_has_no_meaning_is_refused(tmp_path):
 def test_an_adapter_is_not_replaced_by_its_lora(tmp_path, monkeypatch):
     osora.save_adapter(adapted(), tmp_path / "adapter")
     monkeypatch.chdir(tmp_path / "adapter")
-    with pytest.raises(ValueError, match="holds the adapter, which a LoRA of the same file names would replace"):
+    with pytest.raises(ValueError, match="holds an adapter, which a LoRA of the same file names would replace"):
         osora.export_lora(tmp_path / "adapter", ".")
     assert osora.adapter_info(tmp_path / "adapter").method == "osora"
+    with pytest.raises(ValueError, match="holds an adapter, which a LoRA of the same file names would replace"):
+        osora.export_lora(adapted(), tmp_path / "adapter")  # nor is one by another adapter's
+    assert osora.adapter_info(tmp_path / "adapter").method == "osora"
+    osora.export_lora(adapted(), tmp_path / "lora")
+    osora.export_lora(adapted(), tmp_path / "lora")  # a LoRA may be written anew
 
 
 def test_a_failed_write_leaves_the_old_files(tmp_path, monkeypatch):

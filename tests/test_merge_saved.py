@@ -280,7 +280,7 @@ def test_a_pickled_or_quantised_base_is_refused(tmp_path):
         merge_saved(tmp_path / "nowhere", tmp_path / "adapter", tmp_path / "out")
 
 
-def test_out_is_never_overwritten(tmp_path):
+def test_out_is_never_overwritten(tmp_path, monkeypatch):
     prepared(tmp_path)
     (tmp_path / "out").mkdir()
     (tmp_path / "out/mine").write_text("mine")
@@ -292,6 +292,14 @@ def test_out_is_never_overwritten(tmp_path):
     with pytest.raises(ValueError, match="is within the base's folder"):
         merge_saved(tmp_path / "base", tmp_path / "adapter", tmp_path / "base/out")
     (tmp_path / "out/mine").unlink()
+    monkeypatch.chdir(tmp_path / "out")
+    with pytest.raises(FileExistsError, match=r"^\. is the working directory, whose place no other folder can take"):
+        merge_saved(tmp_path / "base", tmp_path / "adapter", ".")
+    monkeypatch.undo()
+    with monkeypatch.context() as patch:
+        patch.setattr(os.path, "ismount", lambda path: Path(path) == tmp_path / "out")
+        with pytest.raises(FileExistsError, match="out is where a file system is mounted"):
+            merge_saved(tmp_path / "base", tmp_path / "adapter", tmp_path / "out")
     merge_saved(tmp_path / "base", tmp_path / "adapter", tmp_path / "out")  # an empty one is taken
     assert (tmp_path / "out/config.json").is_file()
 
@@ -326,7 +334,7 @@ def test_what_is_taken_over(tmp_path):
     base = tmp_path / "base"
     taken = ["LICENSE", "tokenizer.json", "chat_templates/tool.jinja"]
     left = ["pytorch_model.bin", "onnx/model.onnx", "README.md", ".git/config", "consolidated.safetensors",
-            "pytorch_model.bin.index.json"]  # fmt: skip
+            "pytorch_model.bin.index.json", "adapter_config.json"]  # fmt: skip
     for name in (*taken, *left):
         (base / name).parent.mkdir(exist_ok=True)
         (base / name).write_text(name)

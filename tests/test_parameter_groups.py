@@ -91,6 +91,32 @@ def test_wrong_calls(config, arguments, words):
         osora.parameter_groups(model, **({"lr": 0.1} | arguments))
 
 
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")  # PEFT 0.21 asks for the old name
+@pytest.mark.parametrize("method", ["OsoraConfig", "SorsaConfig"])
+def test_a_model_of_peft(method):
+    """The same groups as the native model's, and everything that is trained is in one."""
+    peft = pytest.importorskip("peft")
+    import osora.peft
+
+    own = {"lr_s": 0.3} | ({"lr_o": 0.2} if method == "OsoraConfig" else {"lr_v": 0.2})
+    options = {"r": 4, "target_modules": ["q_proj", "down_proj"]}
+    native = osora.attach(tiny_llama(), getattr(osora, method)(**options))
+    wish = osora.parameter_groups(native, 0.1, relative_s=True, weight_decay=0.02, **own)
+    config = getattr(osora.peft, method)(**options, modules_to_save=["lm_head"])
+    model = peft.get_peft_model(tiny_llama(tied=False), config)
+    *groups, other = osora.parameter_groups(model, 0.1, relative_s=True, weight_decay=0.02, **own)
+
+    def told(groups: list[dict]) -> dict[str, tuple]:
+        return {g["name"]: (pytest.approx(g["lr"]), g["weight_decay"], [p.shape for p in g["params"]]) for g in groups}
+
+    assert told(groups) == told(wish)
+    assert other["name"] == "other" and other["lr"] == 0.1 and len(other["params"]) == 1
+    assert set(rates([*groups, other])) == {id(p) for p in model.parameters() if p.requires_grad}
+    with pytest.raises(ValueError, match="no adapter of osora's is active"):
+        lora = peft.LoraConfig(r=2, target_modules=["q_proj"])
+        osora.parameter_groups(peft.get_peft_model(tiny_llama(), lora), 0.1)
+
+
 def test_a_model_without_an_adapter():
     with pytest.raises(ValueError, match="no osora adapter"):
         osora.parameter_groups(tiny_llama(), 0.1)

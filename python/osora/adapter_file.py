@@ -38,6 +38,9 @@ PEFT_RECORDS = frozenset(
 PEFT_EXTRAS = {"bias": "none", "modules_to_save": None, "trainable_token_indices": None}
 
 
+_FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)  # of base weights, and of an adapter's tensors
+
+
 class AdapterError(ValueError):
     """An adapter that cannot be loaded as it is: damaged, of another format, or made for another base."""
 
@@ -66,6 +69,7 @@ class Method:
 
 METHODS = {"OSORA": Method("osora", ("o", "s")), "SORSA": Method("sorsa", ("u", "s", "v"))}  # by their names in PEFT
 BASIS = ("U", "V")
+DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in _FLOATS}
 _SHAPES = {"o": "d", "s": "r", "u": "dr", "v": "kr", "S0": "r", "U": "dr", "V": "kr"}
 
 
@@ -94,6 +98,8 @@ _MODULE_FIELDS = {
     "converged": bool,
     "method": str,
 }
+
+_SIZES = ("rank", "out_features", "in_features")
 
 
 @dataclass(frozen=True)
@@ -168,6 +174,14 @@ def read_description(folder: str | os.PathLike[str]) -> Description:
     return described(_read_json(path), path)
 
 
+def holds_adapter(folder: Path) -> bool:
+    """Whether an adapter of osora's is in ``folder``, or what is left of one."""
+    try:
+        return BLOCK in _read_json(folder / CONFIG_FILE)
+    except (FileNotFoundError, AdapterError):
+        return False
+
+
 def described(config: Mapping[str, Any], path: Path) -> Description:
     """The contents of an ``adapter_config.json``, checked; ``path`` is for messages. Raises AdapterError."""
     options = dict(config)
@@ -211,6 +225,10 @@ def _check_module(path: Path, module: Any) -> None:
             raise AdapterError(f"{path}: a module's {key} must be a finite number from 0 on")
         if kind is list and not _is_sketch(value):
             raise AdapterError(f"{path}: a module's {key} must be {fingerprint.PROBES} finite numbers")
+        if key in _SIZES and module[key] < 1:
+            raise AdapterError(f"{path}: a module's {key} must be at least 1, got {module[key]}")
+    if module["dtype"] not in DTYPES:
+        raise AdapterError(f"{path}: a module's dtype must be one of {', '.join(DTYPES)}, got {module['dtype']!r}")
     if not isinstance(module.get("quantization", ""), str):
         raise AdapterError(f"{path}: a module's quantization must be a str")
 
@@ -274,8 +292,10 @@ def check_values(description: Description, name: str, tensors: Mapping[str, Tens
     item = description.modules[name]
     for kind, tensor in tensors.items():
         key = description.method.key(name, kind)
-        if not tensor.is_floating_point() or not bool(tensor.isfinite().all()):
-            raise AdapterError(f"{where}: {key} must hold finite floating-point values ({tensor.dtype})")
+        if tensor.dtype not in _FLOATS or not bool(tensor.isfinite().all()):
+            raise AdapterError(
+                f"{where}: {key} must hold finite floating-point values of 16 bits or more ({tensor.dtype})"
+            )
     for field, kinds in (("values_sha256", description.method.values), ("basis_sha256", BASIS)):
         here = {kind: tensors[kind] for kind in kinds if kind in tensors}
         if here and fingerprint.tensors_digest(here, name) != item[field]:
@@ -380,6 +400,7 @@ __all__ = [
     "Description",
     "Method",
     "SavedAdapter",
+    "holds_adapter",
     "read_adapter",
     "read_description",
     "write_adapter",

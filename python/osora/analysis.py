@@ -7,6 +7,7 @@ principal angles, and each counts by the gap that sets it apart.
 """
 
 import json
+import math
 import os
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
@@ -40,7 +41,7 @@ class WeightChange:
     angle: float
     """ΔΘ: mean sin² of the principal angles of leading subspaces, from 0 to 1; does not jump."""
     relative: float
-    """``‖W₁ − W₀‖ / ‖W₀‖``, of the whole matrices, Frobenius."""
+    """``‖W₁ − W₀‖ / ‖W₀‖``, of the whole matrices, Frobenius; infinite where W₀ is zero and W₁ is not."""
 
 
 @dataclass(frozen=True)
@@ -167,13 +168,17 @@ class Changes(Sequence[WeightChange]):
         return WeightChange(name="mean", rank=max(module.rank for module in self), **means)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values that json can write."""
+        """Plain values that json can write; an infinite ``relative`` is None."""
         step = {} if self.step is None else {"step": self.step}
-        return step | {"mean": asdict(self.mean), "modules": [asdict(module) for module in self]}
+        return step | {"mean": _plain(self.mean), "modules": [_plain(module) for module in self]}
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write :meth:`to_dict` as JSON; the file appears when it is complete."""
         write_json(Path(path), self.to_dict())
+
+
+def _plain(change: WeightChange) -> dict[str, Any]:
+    return asdict(change) | {"relative": change.relative if math.isfinite(change.relative) else None}
 
 
 def write_json(path: Path, content: Any) -> None:

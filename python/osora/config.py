@@ -17,8 +17,8 @@ REGULARIZERS = ("squared", "paper")
 def _check_regex(where: str, pattern: str) -> None:
     try:
         re.compile(pattern)
-    except re.error as error:
-        raise ValueError(f"{where}: {pattern!r} is not a regular expression: {error}") from error
+    except (re.error, RecursionError, OverflowError) as error:  # the latter two of what re cannot hold
+        raise ValueError(f"{where}: {pattern!r:.200} is not a regular expression: {error}") from error
 
 
 def names_or_regex(where: str, value: Any) -> str | tuple[str, ...]:
@@ -46,6 +46,11 @@ def _checked_float(where: str, value: Any) -> float:
     except OverflowError:  # an int beyond every float
         pass
     raise TypeError(f"{where} must be a finite number, got {value!r}")
+
+
+def _check_scale(where: str, size: float) -> None:
+    if not 1e-20 <= size <= 1e20:
+        raise ValueError(f"{where} must be from 1e-20 to 1e20 in size, so that float32 holds its products, got {size}")
 
 
 def _check_one_of(where: str, value: Any, allowed: tuple[str, ...]) -> None:
@@ -114,6 +119,8 @@ class AdapterConfig:
         if not isinstance(self.rank_pattern, Mapping):
             raise TypeError(f"rank_pattern must map module names to ranks, got {self.rank_pattern!r}")
         for pattern, rank in self.rank_pattern.items():
+            if not isinstance(pattern, str):
+                raise TypeError(f"rank_pattern must map module names to ranks, got the name {pattern!r}")
             _check_regex("rank_pattern", pattern)
             _checked_int(f"rank_pattern[{pattern!r}]", rank, 1)
         put("rank_pattern", dict(self.rank_pattern))
@@ -193,7 +200,10 @@ class OsoraConfig(AdapterConfig):
         value = 1.0 if self.initial_o == "ones" else self.initial_o
         if isinstance(value, str):
             raise ValueError(f'initial_o must be a number or "ones", got {value!r}')
-        object.__setattr__(self, "initial_o", _checked_float("initial_o", value))
+        value = _checked_float("initial_o", value)
+        object.__setattr__(self, "initial_o", value)
+        if value != 0:
+            _check_scale("initial_o", abs(value))
         if self.initial_o == 0 and self.train == "s":
             raise ValueError('initial_o=0 with train="s" trains nothing: O is 0 and stays 0')
 
@@ -242,6 +252,7 @@ class SorsaConfig(AdapterConfig):
             object.__setattr__(self, "alpha", _checked_float("alpha", self.alpha))
             if self.alpha <= 0:
                 raise ValueError(f"alpha must be positive, got {self.alpha}")
+            _check_scale("alpha", self.alpha)
         object.__setattr__(self, "gamma", _checked_float("gamma", self.gamma))
         if self.gamma < 0:
             raise ValueError(f"gamma must not be negative, got {self.gamma}")

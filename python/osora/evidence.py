@@ -15,11 +15,10 @@ import torch
 from torch import Tensor
 
 from osora import fingerprint
-from osora.adapter_file import AdapterError
+from osora.adapter_file import DTYPES, AdapterError
 from osora.bases import dense_weight
 from osora.quantised import kind_of
 
-_FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 Basis = tuple[Tensor, Tensor, Tensor]
 
 
@@ -89,19 +88,22 @@ def describe(
     }
 
 
+def _within(now: Sequence[float], then: Sequence[float], allowed: float) -> bool:
+    """Whether no number is further off than allowed; False where NaN or infinity is among them."""
+    return math.isfinite(allowed) and all(abs(a - b) <= allowed for a, b in zip(now, then, strict=True))
+
+
 def _check_base(described: Mapping[str, Any], base: Base) -> str | None:
     """None if the weight is the saved one; else what is different, or raise if it is another weight."""
     name, weight = described["name"], _Weight.of(base)
     same = described.get("quantization") == weight.quantization
     if same and weight.digest == described["weight_sha256"] and weight.quantization not in ("bnb-nf4", "bnb-fp4"):
         return None
-    then, saved = described.get("quantization") or described["dtype"], getattr(torch, described["dtype"], None)
+    then, saved = described.get("quantization") or described["dtype"], DTYPES[described["dtype"]]
     refusal = AdapterError(
         f"the base weight {name} is not the one this adapter was trained on: load it on its own base model ({then}; "
         f"this one is {weight.stored})"
     )
-    if saved not in _FLOATS:
-        raise refusal
     if same and weight.quantization:
         if weight.digest != described["weight_sha256"]:
             raise refusal
@@ -112,8 +114,7 @@ def _check_base(described: Mapping[str, Any], base: Base) -> str | None:
         # Another dtype: the same weight, rounded? Each of the sketch's numbers then moves by the rounding alone.
         share = 6 * max(fingerprint.rounding_unit(saved), fingerprint.rounding_unit(weight.dtype))
     allowed = share * float(torch.linalg.vector_norm(weight.values.detach(), dtype=torch.float64))
-    now = fingerprint.weight_sketch(weight.values, name)
-    if max(abs(a - b) for a, b in zip(now, described["weight_sketch"], strict=True)) > allowed:
+    if not _within(fingerprint.weight_sketch(weight.values, name), described["weight_sketch"], allowed):
         raise refusal
     return None if same and weight.quantization else f"{then} then, {weight.stored} now"
 
@@ -152,8 +153,8 @@ def _check_basis(
         ("S0", here.tolist(), float(S0.max())),
     ):
         wish = S0.tolist() if key == "S0" else described[key]
-        off = max(abs(a - b) for a, b in zip(now, wish, strict=True))
-        if off > allowed * scale + 1e-12:
+        if not _within(now, wish, allowed * scale + 1e-12):
+            off = max(abs(a - b) for a, b in zip(now, wish, strict=True))
             raise AdapterError(
                 f"{name}: {cure.format(f'{key} off by {off / (scale or 1):.1e}, allowed {allowed:.1e}')}"
             )
@@ -181,9 +182,7 @@ def check_rebuilt(
 
 def _allowed(described: Mapping[str, Any], dtype: torch.dtype, tol: float) -> float:
     """What a basis in ``dtype``, exact to ``tol``, may change in an adapter that was saved with another, relative."""
-    allowed, saved_dtype = _rebuilt_allows(tol), getattr(torch, described["dtype"], None)
-    if saved_dtype not in _FLOATS:
-        raise AdapterError(f"{described['name']}: dtype must be a floating-point type, got {described['dtype']!r}")
+    allowed, saved_dtype = _rebuilt_allows(tol), DTYPES[described["dtype"]]
     if saved_dtype != dtype:
         # U and V are rounded, an error of sqrt(2) units; a sketch may see some six times its root mean square
         units = [fingerprint.rounding_unit(dtype) for dtype in (saved_dtype, dtype)]

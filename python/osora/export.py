@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from osora.adapted import is_conv1d
-from osora.adapter_file import write_adapter
+from osora.adapter_file import holds_adapter, write_adapter
 from osora.base_folder import BaseFolder
 from osora.checkpoint import load_adapter
 from osora.patch import adapted_layers, state_of
@@ -147,10 +147,12 @@ def export_lora(
         FileNotFoundError: no adapter, or no base, in the folder.
         AdapterError: a damaged adapter, another base, or no basis in the file and no base given.
         ValueError: the model has no such adapter; a layer that the model has under two names, of which PEFT would adapt
-            one; NaN or infinite values; ``base`` or ``name`` where it has no meaning; ``path`` is the adapter's own
-            folder; a model with PEFT around it, of which the saved folder is to be given.
+            one; NaN or infinite values; ``base`` or ``name`` where it has no meaning; ``path`` holds an adapter of
+            osora's, be it this one; a model with PEFT around it, of which the saved folder is to be given.
         OSError: the folder cannot be written.
     """
+    if holds_adapter(Path(path)):
+        raise ValueError(f"{os.fspath(path)} holds an adapter, which a LoRA of the same file names would replace")
     if isinstance(source, nn.Module):
         if base is not None:
             raise ValueError("base is for the folder of a saved adapter: a model has its base")
@@ -163,8 +165,6 @@ def export_lora(
     else:
         if name is not None:
             raise ValueError("name is for a model: the folder of a saved adapter holds one adapter")
-        if Path(path).resolve() == Path(source).resolve():
-            raise ValueError(f"{os.fspath(path)} holds the adapter, which a LoRA of the same file names would replace")
         found = _from_folder(Path(source), base)
     tensors: dict[str, Tensor] = {}
     ranks: dict[str, int] = {}

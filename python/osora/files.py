@@ -31,14 +31,22 @@ def refuse_used(target: Path) -> None:
         raise FileExistsError(f"{target} exists and is not empty: choose another folder, or remove it first")
 
 
+def refuse_unreplaceable(target: Path) -> None:
+    """Raise FileExistsError unless a new folder can take the place of ``target``, which is nothing or empty."""
+    refuse_used(target)
+    if target.exists() and (target.samefile(os.curdir) or os.path.ismount(target)):
+        what = "the working directory" if target.samefile(os.curdir) else "where a file system is mounted"
+        raise FileExistsError(f"{target} is {what}, whose place no other folder can take: name a new folder in it")
+
+
 @contextmanager
 def new_folder(target: Path) -> Iterator[Path]:
     """A folder beside ``target`` that takes its name when all went well, and vanishes when not.
 
     Raises:
-        FileExistsError: ``target`` is a file, or a folder that holds something.
+        FileExistsError: ``target`` is a file, a folder that holds something, the working directory, a mount point.
     """
-    refuse_used(target)
+    refuse_unreplaceable(target)
     target.parent.mkdir(parents=True, exist_ok=True)
     unfinished = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
     try:

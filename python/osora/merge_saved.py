@@ -10,13 +10,15 @@ from pathlib import Path
 import torch
 
 from osora.adapted import AdaptedLinear
+from osora.adapter_file import CONFIG_FILE
 from osora.base_folder import BaseFolder, BaseFolderError, Place
 from osora.checkpoint import load_adapter
-from osora.files import new_folder, refuse_used, sync
+from osora.files import new_folder, refuse_unreplaceable, sync
 from osora.patch import osora_layers
 from osora.saved import adapter_info
 
 # Weights in other formats would be the base's still, beside the merged ones: they are left out, and so is the card.
+# By an adapter's config transformers would take the folder for that adapter's.
 _WEIGHTS = {".bin", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx", ".ot", ".pt", ".pth", ".safetensors", ".tflite"}
 _CARD = "README.md"
 
@@ -31,7 +33,8 @@ class MergedFolder:
     copied: tuple[str, ...]
     """Files that are the base's, byte for byte."""
     left_out: tuple[str, ...]
-    """Files of the base that were not taken over: weights in other formats, the model card, hidden files."""
+    """Files of the base that were not taken over: weights in other formats, the model card, configs of adapters, hidden
+    files."""
 
 
 def _merged_bytes(layer: AdaptedLinear, place: Place) -> memoryview:
@@ -52,7 +55,7 @@ def _copy_rest(base: BaseFolder, to: Path) -> tuple[list[str], list[str]]:
             continue
         hidden = any(part.startswith(".") for part in name.parts)
         index = name.name.endswith(".index.json") and str(name) != base.index
-        if hidden or index or name.suffix.lower() in _WEIGHTS or str(name) == _CARD:
+        if hidden or index or name.suffix.lower() in _WEIGHTS or str(name) == _CARD or name.name == CONFIG_FILE:
             left_out.append(str(name))
             continue
         (to / name).parent.mkdir(parents=True, exist_ok=True)
@@ -86,13 +89,13 @@ def merge_saved(
 
     Raises:
         FileNotFoundError: no adapter, or no base folder.
-        FileExistsError: ``out`` is there already.
+        FileExistsError: ``out`` is there already, and not empty or no folder that can be replaced.
         AdapterError: a damaged adapter; another base; what :func:`osora.load_adapter` refuses.
         ValueError: ``base`` is no checkpoint in safetensors files (``BaseFolderError``); a merged weight would be NaN
             or infinite, naming it.
     """
     out = Path(out)
-    refuse_used(out)  # before any work
+    refuse_unreplaceable(out)  # before any work
     info = adapter_info(adapter)
     checkpoint = BaseFolder(base)
     if out.resolve().is_relative_to(checkpoint.folder.resolve()):

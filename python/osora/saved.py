@@ -20,6 +20,7 @@ from osora.adapter_file import (
     read_adapter,
 )
 from osora.config import METHODS, AdapterConfig
+from osora.evidence import check_stored
 from osora.formulas import formula_of
 
 
@@ -134,13 +135,19 @@ def stored_changes(folder: str | os.PathLike[str]) -> dict[str, tuple[Tensor, Te
     """Module name → ``(left [d, q], right [k, q])``, ``ΔW = left rightᵀ``, of an adapter that holds its basis.
 
     Raises:
-        FileNotFoundError, AdapterError: as :func:`adapter_info`, and if there is no basis in the file.
+        FileNotFoundError, AdapterError: as :func:`adapter_info`; if there is no basis in the file, or tensors and
+            options do not give the change that was saved.
     """
     saved = read_adapter(folder)
     if not saved.description.save_basis:
         raise AdapterError(f"{folder} was saved without its basis, so that its base is needed: pass base")
     formula = formula_of(config_of(saved.description))
-    return {name: formula.factors((t["U"], t["V"], t["S0"]), formula.named(t)) for name, t in saved.tensors.items()}
+    changes = {}
+    for name, t in saved.tensors.items():
+        basis = t["U"], t["V"], t["S0"]
+        changes[name] = formula.factors(basis, formula.named(t))
+        check_stored(saved.description.modules[name], basis, changes[name], t["S0"])
+    return changes
 
 
 __all__ = ["AdapterInfo", "SavedModule", "adapter_info", "config_of", "info_of", "stored_changes"]

@@ -2,12 +2,59 @@
 """What a training loop asks for: groups of parameters with learning rates of their own, and SORSA's penalty."""
 
 import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
 
+from osora.formulas import Formula
 from osora.patch import adapted_layers, state_of
 from osora.regularizer import penalties_in
+
+
+@dataclass(frozen=True)
+class _Part:
+    """One trained parameter: its kind, and the singular values that its layer's adapter starts from."""
+
+    kind: str
+    layer: str
+    adapter: str
+    parameter: nn.Parameter
+    S0: Tensor
+
+
+def _parts(layer: str, adapter: str, formula: Formula, deltas: Sequence[nn.Parameter], S0: Tensor) -> Iterator[_Part]:
+    for kind, parameter in zip(formula.kinds, deltas, strict=True):
+        if kind in formula.trained:
+            yield _Part(kind, layer, adapter, parameter, S0)
+
+
+def _of_model(model: nn.Module) -> list[_Part]:
+    name = state_of(model).active
+    return [
+        part
+        for where, layer in adapted_layers(model).items()
+        for part in _parts(where, name, layer.formula(name), layer.deltas(name), layer.basis()[2])
+    ]
+
+
+def _of_peft(model: nn.Module) -> tuple[list[_Part], list[nn.Parameter]]:
+    """Of the active adapters; and whatever else is trained."""
+    from osora.peft.layer import AdapterLayer  # PEFT is there, for it made the model
+
+    parts = [
+        part
+        for layer in model.modules()
+        if isinstance(layer, AdapterLayer)
+        for name in layer.active_adapters
+        if name in layer.has
+        for part in _parts(layer.name, name, layer.has[name].formula, layer.deltas(name), layer.basis(name)[2])
+    ]
+    if not parts:
+        raise ValueError("no adapter of osora's is active in this PEFT model")
+    inside = {id(part.parameter) for part in parts}
+    return parts, [p for p in model.parameters() if p.requires_grad and id(p) not in inside]
 
 
 def parameter_groups(
@@ -27,7 +74,7 @@ def parameter_groups(
     (docs/method.md, "Two rates, and one direction too many").
 
     Args:
-        model: a model with an adapter.
+        model: a model with an adapter, of this package or in PEFT.
         lr: the rate of every kind that has none of its own below.
         lr_o: of o, the change of OSoRA's scales.
         lr_s: of s, the change of the singular values.
@@ -39,15 +86,15 @@ def parameter_groups(
 
     Returns:
         Dicts with "params" and "lr", "weight_decay" if given, and "name": the kind, or with relative_s "s" and the
-        layer's name.
+        layer's name. What else a PEFT model trains (``modules_to_save``, biases) is the group "other", at ``lr``.
 
     Raises:
         ValueError: no adapter; a rate for a kind that the adapter does not train; a negative or infinite number.
         TypeError: what is no number.
     """
-    active = state_of(model).active
-    layers = adapted_layers(model)
-    formula = next(iter(layers.values())).formula(active)
+    parts, rest = _of_peft(model) if getattr(model, "peft_config", None) else (_of_model(model), [])
+    trained = tuple(dict.fromkeys(part.kind for part in parts))
+    active = ", ".join(dict.fromkeys(part.adapter for part in parts))
     rates = {"o": lr_o, "s": lr_s, "u": lr_u, "v": lr_v}
     for key, value in {
         "lr": lr,
@@ -63,23 +110,23 @@ def parameter_groups(
         if not usable:
             raise ValueError(f"{key} must be a finite number, at least 0, got {value!r}")
     for kind, rate in rates.items():
-        if rate is not None and kind not in formula.trained:
-            raise ValueError(
-                f"lr_{kind} is given, but the adapter {active!r} trains {', '.join(formula.trained)} alone"
-            )
-    if relative_s and "s" not in formula.trained:
-        raise ValueError(f"relative_s is given, but the adapter {active!r} trains {', '.join(formula.trained)} alone")
+        if rate is not None and kind not in trained:
+            raise ValueError(f"lr_{kind} is given, but the adapter {active!r} trains {', '.join(trained)} alone")
+    if relative_s and "s" not in trained:
+        raise ValueError(f"relative_s is given, but the adapter {active!r} trains {', '.join(trained)} alone")
     groups: list[dict[str, Any]] = []
-    for kind in formula.trained:
+    for kind in trained:
         own = rates[kind]
         rate = lr if own is None else own
-        parameters = {name: getattr(layer, kind) for name, layer in layers.items()}
+        mine = [part for part in parts if part.kind == kind]
         if kind == "s" and relative_s:
-            for name, parameter in parameters.items():
-                mean = float(layers[name].basis()[2].mean())
-                groups.append({"params": [parameter], "lr": rate * mean, "name": f"s {name}"})
+            for part in mine:
+                mean = float(part.S0.mean())
+                groups.append({"params": [part.parameter], "lr": rate * mean, "name": f"s {part.layer}"})
         else:
-            groups.append({"params": list(parameters.values()), "lr": rate, "name": kind})
+            groups.append({"params": [part.parameter for part in mine], "lr": rate, "name": kind})
+    if rest:
+        groups.append({"params": rest, "lr": lr, "name": "other"})
     if weight_decay is not None:
         for group in groups:
             group["weight_decay"] = weight_decay

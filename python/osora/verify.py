@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from osora.adapted import AdaptedLinear, oriented_weight
+from osora.adapter_file import DTYPES
 from osora.base_folder import BaseFolder
 from osora.checkpoint import load_adapter
 from osora.fingerprint import rounding_unit, weight_digest
@@ -68,8 +69,9 @@ def _check(saved: SavedModule, key: str, layer: AdaptedLinear) -> ModuleCheck:
     weight = oriented_weight(layer.base_layer).detach()
     U, V, S0 = (t.double() for t in layer.basis())
     # Rounding u and v by a unit moves the residual by a unit of σ₁ and of σᵢ, over σᵢ; four of each is never reached.
-    least = float(S0.min().clamp_min(1e-30 * float(S0.max().clamp_min(1e-300))))
-    unit = max(rounding_unit(dtype) for dtype in (layer.U.dtype, getattr(torch, saved.dtype)))
+    # A weight of zeros has residuals of 0.
+    least = max(float(S0.min()), 1e-30 * float(S0.max()), 1e-300)
+    unit = max(rounding_unit(dtype) for dtype in (layer.U.dtype, DTYPES[saved.dtype]))
     allowed = saved.max_residual * (1 + 1e-3) + 4 * unit * (float(S0.max()) / least + 1)
     off = torch.linalg.vector_norm(weight.double().t() @ U - V * S0, dim=0)
     residual = float((off / S0.clamp_min(least)).max())

@@ -22,7 +22,7 @@ _PEFT_PREFIX = "base_model.model."
 
 
 class Weights(Mapping[str, Tensor]):
-    """Module name → matrix [out_features, in_features], or its transpose; read or summed when it is asked for.
+    """Module name → matrix as it is stored, [out_features, in_features] (Conv1D: [in, out]); read when it is asked for.
 
     Of a model it is what the layers compute with now: with the active adapter, where there is one, merged or not.
     """
@@ -93,15 +93,20 @@ def _is_linear(module: nn.Module) -> bool:
 def _plain(name: str, module: nn.Module) -> Callable[[], Tensor]:
     def get() -> Tensor:
         refuse_unsupported(name, module)
-        return dense_weight(module).detach()
+        return _as_stored(module, dense_weight(module).detach())
 
     return get
+
+
+def _as_stored(module: Any, weight: Tensor) -> Tensor:
+    """The matrix [out, in] in the form that a checkpoint has it, so that any two sources can be compared."""
+    return weight.t() if is_conv1d(module) else weight
 
 
 def _adapted(name: str, module: Any, adapter: bool) -> Callable[[], Tensor]:
     """Of our layers, and of PEFT's whose adapters are a sum."""
 
-    def get() -> Tensor:
+    def oriented() -> Tensor:
         if isinstance(module, AdaptedLinear):
             if not adapter or not module.enabled or module.adapter is None:
                 return module.kept_weight().detach() if module.merged else dense_weight(module.base_layer).detach()
@@ -111,7 +116,7 @@ def _adapted(name: str, module: Any, adapter: bool) -> Callable[[], Tensor]:
             return dense_weight(module.base_layer).detach().to(delta.dtype) + delta
         return _of_peft(name, module, adapter)
 
-    return get
+    return lambda: _as_stored(module.base_layer, oriented())
 
 
 @torch.no_grad()
