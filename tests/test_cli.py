@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The command line: what it says, what it writes, and its exit codes."""
 
+import io
 import json
 import os
 import re
@@ -18,7 +19,7 @@ from training_stacks import tokenizer
 import osora
 
 typer_testing = pytest.importorskip("typer.testing")
-from osora.cli.app import app  # noqa: E402  (it needs typer)
+from osora.cli.app import app, run  # noqa: E402  (it needs typer)
 
 DOCUMENT = Path(__file__).parents[1] / "docs/cli.md"
 
@@ -177,6 +178,62 @@ def test_failures_are_one_line_and_a_code(failure, folders, monkeypatch):
     if code == 1:
         found = osora_json(*arguments, code=code)
         assert words in found["error"] and found["exit_code"] == code
+
+
+@pytest.mark.parametrize(
+    "words, error",
+    [
+        (["info"], "Missing argument"),
+        (["info", "x", "--modulse"], "--modulse"),
+        (["nowhere"], "nowhere"),
+        (["verify", "x", "y", "--max-memory", "many"], "max-memory"),
+        (["info", "x", "--modules=3"], "modules"),
+    ],
+)
+def test_wrong_words_are_json_too(words, error, capsys):
+    assert run([*words, "--json"]) == 2
+    found = json.loads(capsys.readouterr().out)
+    assert error in found["error"] and found["exit_code"] == 2 and found["warnings"] == []
+    assert run(words) == 2 and capsys.readouterr().out == ""
+
+
+def test_a_fault_is_no_refusal(folders, monkeypatch, capfd):
+    """Out of memory, say: JSON, a code of its own, and the traceback for a person."""
+
+    def fails(*_, **__):
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(osora, "adapter_info", fails)
+    assert run(["info", str(folders / "adapter"), "--json"]) == 4
+    out, err = capfd.readouterr()
+    assert json.loads(out)["error"] == "out of memory" and "Traceback" in err
+
+
+@pytest.mark.parametrize("words", [["--json"], []])
+def test_a_closed_pipe(words, folders):
+    reading, writing = os.pipe()
+    os.close(reading)
+    with os.fdopen(writing, "w") as nobody:
+        done = subprocess.run(
+            [sys.executable, "-m", "osora", "info", str(folders / "adapter"), *words],
+            stdout=nobody,
+            stderr=subprocess.PIPE,
+            text=True,
+            timeout=300,
+            check=False,
+            env=os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+        )
+    assert (done.returncode, done.stderr) == (141, "")
+
+
+def test_letters_that_stdout_does_not_have(folders, monkeypatch, tmp_path):
+    (folders / "adapter").rename(folders / "Größe\n[red]")
+    for encoding in ("ascii", "utf-8"):
+        stdout = io.TextIOWrapper(io.BytesIO(), encoding=encoding)
+        monkeypatch.setattr(sys, "stdout", stdout)
+        assert run(["info", str(folders / "Größe\n[red]"), "--json"]) == 0
+        assert json.loads(stdout.buffer.getvalue())["folder"] == str(folders / "Größe\n[red]")
+        assert run(["info", str(folders / "Größe\n[red]")]) == 0
 
 
 def test_a_damaged_adapter_is_refused(folders):

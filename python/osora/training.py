@@ -2,13 +2,11 @@
 """What a training loop asks for: groups of parameters with learning rates of their own, and SORSA's penalty."""
 
 import math
-from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
 
-from osora.formulas import Formula
 from osora.patch import adapted_layers, state_of
 from osora.regularizer import penalties_in
 
@@ -24,32 +22,23 @@ class _Part:
     S0: Tensor
 
 
-def _parts(layer: str, adapter: str, formula: Formula, deltas: Sequence[nn.Parameter], S0: Tensor) -> Iterator[_Part]:
-    for kind, parameter in zip(formula.kinds, deltas, strict=True):
-        if kind in formula.trained:
-            yield _Part(kind, layer, adapter, parameter, S0)
-
-
 def _of_model(model: nn.Module) -> list[_Part]:
     name = state_of(model).active
     return [
-        part
+        _Part(kind, where, name, getattr(layer, kind), layer.basis()[2])
         for where, layer in adapted_layers(model).items()
-        for part in _parts(where, name, layer.formula(name), layer.deltas(name), layer.basis()[2])
+        for kind in layer.formula(name).trained
     ]
 
 
 def _of_peft(model: nn.Module) -> tuple[list[_Part], list[nn.Parameter]]:
     """Of the active adapters; and whatever else is trained."""
-    from osora.peft.layer import AdapterLayer  # PEFT is there, for it made the model
-
+    layers: list[Any] = [module for module in model.modules() if hasattr(module, "trained_kinds")]  # osora.peft's
     parts = [
-        part
-        for layer in model.modules()
-        if isinstance(layer, AdapterLayer)
+        _Part(kind, layer.name, name, parameter, layer.basis(name)[2])
+        for layer in layers
         for name in layer.active_adapters
-        if name in layer.has
-        for part in _parts(layer.name, name, layer.has[name].formula, layer.deltas(name), layer.basis(name)[2])
+        for kind, parameter in layer.trained_kinds(name).items()
     ]
     if not parts:
         raise ValueError("no adapter of osora's is active in this PEFT model")

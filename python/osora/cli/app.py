@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The commands that look at saved adapters and turn them into other things."""
 
+import io
+import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -9,7 +11,7 @@ from typing import Annotated, Any
 import typer
 
 import osora
-from osora.cli.output import REFUSED, Output, command, whole_bytes
+from osora.cli.output import REFUSED, Output, command, print_json, silence, whole_bytes
 from osora.cli.train import train
 
 app = typer.Typer(
@@ -24,7 +26,8 @@ app = typer.Typer(
     safetensors files, as `model.save_pretrained` writes it. Nothing is downloaded.
 
     **Exit codes**: 0 done; 1 refused: a damaged adapter, another base, a check that failed; 2 not usable: a wrong
-    option, a file that is not there, an output that is; 3 a package is missing; 130 interrupted.
+    option, a file that is not there, an output that is; 3 a package is missing; 4 unexpected, out of memory say; 130
+    interrupted; 141 the pipe that stdout goes to is closed.
     """,
 )
 
@@ -224,11 +227,24 @@ def card(adapter: Adapter, json: Json = False) -> None:
 
 app.command()(train)
 
+_WrongWords: Any = typer.BadParameter.__mro__[2]  # ClickException, click's or of typer's own copy
+
 
 def run(arguments: Sequence[str] | None = None) -> int:
     """The command line's exit code."""
+    words = sys.argv[1:] if arguments is None else list(arguments)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # names of files may hold anything
     try:
-        app(args=arguments, prog_name="osora")
-    except SystemExit as end:
-        return end.code if isinstance(end.code, int) else 0
-    return 0
+        try:
+            code = app(args=words, prog_name="osora", standalone_mode="--json" not in words)
+        except SystemExit as end:
+            code = end.code
+        except _WrongWords as error:
+            code = error.exit_code
+            print_json({"error": error.format_message(), "exit_code": code, "warnings": []})
+        sys.stdout.flush()
+    except BrokenPipeError:
+        return silence()
+    return code if isinstance(code, int) else 0

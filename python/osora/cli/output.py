@@ -2,6 +2,9 @@
 """What the commands say: tables or one JSON object on stdout, progress and warnings on stderr, and the exit code."""
 
 import json
+import os
+import sys
+import traceback
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,7 +18,19 @@ from rich.text import Text
 
 from osora import AdapterError, ConvergenceError
 
-REFUSED, UNUSABLE, MISSING, INTERRUPTED = 1, 2, 3, 130
+REFUSED, UNUSABLE, MISSING, UNEXPECTED, INTERRUPTED, PIPE_CLOSED = 1, 2, 3, 4, 130, 141
+
+
+class _Console(Console):
+    def on_broken_pipe(self) -> None:
+        """Rich would end the process with 1, which here says that something is refused."""
+        raise BrokenPipeError
+
+
+def print_json(result: dict[str, Any]) -> None:
+    """One object on stdout, at once; escaped where stdout could not hold its letters."""
+    plain = (sys.stdout.encoding or "").lower().replace("-", "") != "utf8"
+    print(json.dumps(result, indent=2, ensure_ascii=plain, allow_nan=False), flush=True)
 
 
 class Output:
@@ -24,7 +39,7 @@ class Output:
     def __init__(self, as_json: bool) -> None:
         """``as_json``: one object on stdout, and no bars."""
         self.as_json = as_json
-        self.out, self.err = Console(highlight=False), Console(stderr=True, highlight=False)
+        self.out, self.err = _Console(highlight=False), _Console(stderr=True, highlight=False)
         self.warnings: list[str] = []
 
     def say(self, text: str) -> None:
@@ -51,7 +66,7 @@ class Output:
     def finish(self, result: dict[str, Any]) -> None:
         """The JSON object, if that is what was asked for."""
         if self.as_json:
-            print(json.dumps(result | {"warnings": self.warnings}, indent=2, ensure_ascii=False))
+            print_json(result | {"warnings": self.warnings})
 
     @contextmanager
     def bar(self, what: str) -> Iterator[Any]:
@@ -96,10 +111,26 @@ def command(as_json: bool, extra: str = "cli") -> Iterator[Output]:
     except ModuleNotFoundError as error:
         needs = ModuleNotFoundError(f"this command needs the package {error.name!r}: pip install 'osora[{extra}]'")
         raise fail(needs, MISSING) from error
+    except BrokenPipeError as error:  # nobody is there to be told
+        raise typer.Exit(silence()) from error
     except (OSError, ValueError, TypeError) as error:
         raise fail(error, UNUSABLE) from error
     except KeyboardInterrupt as error:
         raise fail(error, INTERRUPTED) from error
+    except (typer.Exit, typer.Abort):
+        raise
+    except Exception as error:  # out of memory, or a fault of ours
+        traceback.print_exc(file=sys.stderr)
+        raise fail(error, UNEXPECTED) from error
+
+
+def silence() -> int:
+    """After the reader of stdout is gone: what is written from here on, at the interpreter's end too, goes nowhere."""
+    try:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except (OSError, ValueError):  # a stdout that is no file
+        pass
+    return PIPE_CLOSED
 
 
 def whole_bytes(count: int) -> str:

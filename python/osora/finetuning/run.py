@@ -60,7 +60,8 @@ def _sha256(path: Path) -> str:
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:
     with temporary_beside(path) as new:
-        new.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
+        new.write_text(text, encoding="utf-8", errors="backslashreplace")  # the bytes of a path may be no text
         finish(new)
         os.replace(new, path)
 

@@ -108,6 +108,13 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
         """The trained tensors of an adapter, in the order of its formula's kinds."""
         return tuple(self.box(kind)[name].weight for kind in self.has[name].formula.kinds)
 
+    def trained_kinds(self, name: str) -> dict[str, nn.Parameter]:
+        """What an adapter trains here, by kind: nothing where it is not in this layer."""
+        if name not in self.has:
+            return {}
+        formula = self.has[name].formula
+        return {k: t for k, t in zip(formula.kinds, self.deltas(name), strict=True) if k in formula.trained}
+
     def values(self, name: str) -> dict[str, Tensor]:
         """The trained tensors by kind, then S0."""
         kinds = self.has[name].formula.kinds
