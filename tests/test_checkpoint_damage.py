@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from adapters import FILES, adapted, both, described, edit, edit_tensors, key, refused
-from helpers import logits, move_adapter, tiny_llama, token_ids
+from helpers import logits, move_adapter, run_python, tiny_llama, token_ids
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -338,6 +338,23 @@ def test_a_model_without_an_adapter_is_not_saved(tmp_path):
     with pytest.raises(ValueError, match=r"no osora adapter: call osora\.attach"):
         save_adapter(tiny_llama(), tmp_path / "new")
     assert not (tmp_path / "new").exists()
+
+
+def test_a_disk_that_is_full(saved):
+    """As files that may not grow, in a process of its own; safetensors has an error of its own for it."""
+    pytest.importorskip("resource", reason="this system has no limit of a file's size")
+    before = {path.name: path.read_bytes() for path in saved.iterdir()}
+    program = """
+import resource, sys, adapters, osora
+model = adapters.adapted(r=8)
+resource.setrlimit(resource.RLIMIT_FSIZE, (4096, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
+try:
+    osora.save_adapter(model, sys.argv[1])
+except OSError as error:
+    print(error)
+"""
+    assert "adapter_model.safetensors cannot be written, and what was there is left" in run_python(program, saved)
+    assert {path.name: path.read_bytes() for path in saved.iterdir()} == before
 
 
 def test_a_folder_that_is_a_file(tmp_path):

@@ -386,7 +386,10 @@ def write_adapter(folder: Path, tensors: Mapping[str, Tensor], config: Mapping[s
     folder.mkdir(parents=True, exist_ok=True)
     paths = folder / TENSOR_FILE, folder / CONFIG_FILE
     with temporary_beside(paths[0]) as new_tensors, temporary_beside(paths[1]) as new_config:
-        save_file(dict(tensors), new_tensors, metadata={"format": "pt"})
+        try:
+            save_file(dict(tensors), new_tensors, metadata={"format": "pt"})
+        except SafetensorError as error:  # its name for a disk that is full
+            raise OSError(f"{paths[0]} cannot be written, and what was there is left: {error}") from error
         new_config.write_text(config_text(config), encoding="utf-8")
         # Both are whole before either takes its place; the digests tell if a crash parts these two lines.
         for new in (new_tensors, new_config):
