@@ -662,7 +662,7 @@ def test_what_else_is_refused(tmp_path):
     refused(three(), folder, ValueError, r"has an adapter 'b' already", name="b")
     refused(three(), tmp_path / "nowhere", FileNotFoundError, "no adapter here")
     edit(folder, lambda config: described(config)[2].update(dtype="int8"))
-    refused(three(), folder, AdapterError, r"dtype must be a floating-point type, got 'int8'")
+    refused(three(), folder, AdapterError, r"dtype must be one of float64, float32, bfloat16, float16, got 'int8'")
 
 
 def test_a_base_in_another_dtype(tmp_path):
