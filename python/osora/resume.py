@@ -75,8 +75,8 @@ def checkpoint_adapters(accelerator: Any, *, save_basis: bool = True) -> None:
         save_basis: as for :func:`osora.save_adapter`.
 
     Raises:
-        ValueError: from ``save_state`` and ``load_state``: under FSDP, DeepSpeed or Megatron, where accelerate hands no
-            model over; what :func:`osora.save_adapter` and :func:`restore_adapter` raise.
+        ValueError: from ``save_state`` under FSDP, DeepSpeed or Megatron, where accelerate hands no model over. What
+            :func:`osora.save_adapter` and :func:`restore_adapter` raise comes from ``save_state`` and ``load_state``.
     """
 
     def adapted(models: list[nn.Module]) -> list[tuple[int, nn.Module, str]]:
