@@ -26,7 +26,7 @@ INSTALL = OSORA_BUILD_DIR=$(BUILD) $(PY) -m pip --disable-pip-version-check inst
   --force-reinstall --no-deps .
 STAMPS := $(VENV)/.stamps
 BUILD := $(CURDIR)/build/$(patsubst .%,%,$(notdir $(VENV)))
-NATIVE := $(shell find csrc tests/emulation -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
+NATIVE := $(shell find csrc tests/emulation tests/rounding -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 SOURCES := $(shell find csrc cmake build_backend python -type f ! -name '*.pyc' ! -name '*.so' ! -name _compiled_for.py) \
   CMakeLists.txt setup.py pyproject.toml README.md
 
@@ -43,7 +43,7 @@ export HF_HOME := $(CURDIR)/build/huggingface
 export MPLCONFIGDIR := $(CURDIR)/build/matplotlib
 export PATH := $(abspath $(VENV))/bin:$(PATH)
 
-.PHONY: demo test prepare unit lint emulation coverage peft-versions torch clean
+.PHONY: demo test prepare unit lint emulation coverage rounding peft-versions torch clean
 .DEFAULT_GOAL := test
 ifndef VERBOSE
 .SILENT:
@@ -82,6 +82,17 @@ coverage: prepare
 	echo "-- coverage of csrc/cuda"
 	cmake --build $(BUILD) --target osora_emulated_coverage > build/coverage.log || { cat build/coverage.log; false; }
 	$(PY) tests/emulation/coverage.py $(BUILD) -- -q --no-header $(COVERAGE_TESTS)
+
+# The SVD on machines that do not exist: each seed rounds otherwise (tests/rounding). SEEDS='1 2' for fewer.
+SEEDS ?= $(shell seq 1 20)
+ROUNDING_TESTS := $(addprefix tests/test_,truncated_svd.py svd_hostile.py svd_floor.py panels.py spectrum.py)
+
+rounding: prepare
+	export OSORA_EMULATION_DIR=$(BUILD)/tests/emulation OSORA_REQUIRE_EMULATION=1 OMP_NUM_THREADS=1
+	for seed in $(SEEDS); do
+	  echo "-- the SVD, rounded by seed $$seed"
+	  OSORA_ROUNDING=$$seed $(PY) -m pytest -q --no-header -n $(JOBS) --dist worksteal $(ROUNDING_TESTS)
+	done
 
 # The tests of osora.peft under the oldest PEFT that is supported and one in between; `make test` runs them under the newest.
 PEFT_VERSIONS := 0.18.1 0.20.0

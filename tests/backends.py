@@ -38,6 +38,27 @@ def emulation_folder() -> Path:
     return ROOT / "build/emulation"
 
 
+def load_from_build(name: str) -> None:
+    """A library of torch operators that the build makes beside the emulator's."""
+    library = emulation_folder().parent / name
+    if not library.exists():
+        unavailable("EMULATION", f"no {library}: build with -DOSORA_EMULATION=ON and set OSORA_BUILD_DIR")
+    torch.ops.load_library(library)
+
+
+class OtherRounding:
+    """torch.ops.osora, but its SVD runs on a machine that rounds otherwise; see tests/rounding."""
+
+    def __init__(self, seed: int) -> None:
+        import osora  # noqa: F401  (registers torch.ops.osora)
+
+        load_from_build("rounding/libosora_rounding.so")
+        torch.ops.osora_rounding.round_by(seed)
+
+    def __getattr__(self, operator: str) -> Any:
+        return getattr(torch.ops.osora_rounding if operator == "truncated_svd" else torch.ops.osora, operator)
+
+
 class Backend:
     """The operators of one implementation, with CPU tensors in and out.
 

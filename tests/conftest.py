@@ -2,6 +2,7 @@
 """Fixtures for every test."""
 
 import importlib
+import os
 import random
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -9,7 +10,7 @@ from types import ModuleType
 
 import pytest
 import torch
-from backends import NAMES, Backend, make_backend
+from backends import NAMES, Backend, OtherRounding, make_backend
 
 TEMPLATE = (
     "{% for message in messages %}<{{ message['role'] }}>{{ message['content'] }}"
@@ -22,6 +23,16 @@ TEMPLATE = (
 def backend(request: pytest.FixtureRequest) -> Backend:
     """The operators of: the plain-torch reference, the CPU kernels, the CUDA kernels emulated, and on a card."""
     return make_backend(request.param)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def rounding() -> Iterator[None]:
+    """OSORA_ROUNDING=SEED: every truncated SVD of the tests is one on a machine that rounds otherwise."""
+    with pytest.MonkeyPatch.context() as change:
+        if seed := os.environ.get("OSORA_ROUNDING"):
+            change.setenv("OSORA_REQUIRE_EMULATION", "1")
+            change.setattr("osora.factors._ops", OtherRounding(int(seed)))
+        yield
 
 
 @pytest.fixture(autouse=True)

@@ -17,15 +17,17 @@
 #include <vector>
 
 #include "core/svd_plan.h"
+#include "core/svd_verdict.h"
 
 namespace osora::core {
 
 // The answer for one matrix: W = U diag(S) V^T restricted to `rank`; U [d, r], S [r], V [k, r], residuals [r];
-// converged: every residual <= tol, and the probe found no larger triplet.
+// floor, can_be_finer: of its verdict. converged: certified, and the probe found no larger triplet.
 template <class Array>
 struct Found {
   Array u, s, v, residuals;
-  bool converged = false;
+  double floor = 0;
+  bool converged = false, can_be_finer = false;
   int64_t passes = 0;   // products with W or W^T, of any width
   int64_t columns = 0;  // columns multiplied in them: 2 d k columns are the flops
 };

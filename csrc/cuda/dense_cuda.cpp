@@ -55,7 +55,9 @@ DenseCuda::DenseCuda(Context& context, const std::vector<const void*>& weights, 
       exact_(core::exact_precision(weight_type(type), options.float64_work, context.capability)),
       temporary_bytes_(options.temporary_bytes),
       d_(plan.transposed ? plan.cols : plan.rows),
-      k_(plan.transposed ? plan.rows : plan.cols) {
+      k_(plan.transposed ? plan.rows : plan.cols),
+      floor_(core::rounding_floor(d_, k_, out_ == Type::kFloat64 ? 0x1p-52 : 0x1p-23)),
+      noise_(core::rounding_noise(d_, k_, out_ == Type::kFloat64 ? 0x1p-52 : 0x1p-23)) {
   std::vector<uint64_t> addresses, mixed;
   for (size_t b = 0; b < weights.size(); ++b) {
     positions_.push_back(static_cast<int64_t>(b));

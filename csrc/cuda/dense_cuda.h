@@ -88,9 +88,9 @@ class DenseCuda {
 
   // -- the answer (dense_cuda_answer.cpp) -----------------------------------------------------------------------------
   struct Certificate {
-    Array u, s, v;    // as they are handed out
-    Array stored;     // s scaled back, float64
-    Array residuals;  // not yet relative
+    Array u, s, v;  // as they are handed out
+    Array stored;   // s scaled back, float64
+    Array sizes;    // |A^T u - s v|
     Array defect_u, defect_v;
   };
   // Measures everything, whatever the tolerance.
@@ -125,6 +125,7 @@ class DenseCuda {
   int64_t temporary_bytes_, d_, k_;
   Array weights_;                       // [ld, d] each, ld >= k; scaled by 2^-exponent; never written again
   std::vector<int64_t> positions_;      // of the matrices of this batch among the weights
+  double floor_, noise_;                // of rounding, over sigma_1
   Array keys_, exponents_, frobenius_;  // one number per matrix
   Array failed_;                        // 1 where a solver failed
   Array sigma_;                         // largest singular value seen by the last Rayleigh-Ritz

@@ -51,8 +51,8 @@ DenseCuda::Certificate DenseCuda::certify(const Array& left, const Array& s, con
   made.stored = array(1, r, Type::kFloat64);
   finish_triplets({left, right, s.as<double>(), order.as<int>(), exponents_.as<int>()}, made.u, made.v, made.s,
                   made.stored.as<double>(), stream());
-  made.residuals = array(1, r, Type::kFloat64);
-  residual_norms(residual_product(made.u), made.v, made.stored.as<double>(), made.residuals.as<double>(), stream());
+  made.sizes = array(1, r, Type::kFloat64);
+  residual_norms(residual_product(made.u), made.v, made.stored.as<double>(), made.sizes.as<double>(), stream());
   made.defect_u = defect(made.u);
   made.defect_v = defect(made.v);
   return made;
@@ -60,12 +60,11 @@ DenseCuda::Certificate DenseCuda::certify(const Array& left, const Array& s, con
 
 std::vector<core::Candidate<DenseCuda::Array>> DenseCuda::report(const Certificate& certificate, const Array& values,
                                                                  const Array* seen, double tol) const {
-  const int64_t r = values.cols, width = kResiduals + r;
-  const double level = 8 * (out_ == Type::kFloat64 ? 0x1p-52 : 0x1p-23);
+  const int64_t r = values.cols, width = kSizes + 2 * r;
   const Array packed = array(1, width, Type::kFloat64);
-  pack_report({certificate.residuals.as<double>(), certificate.stored.as<double>(), values.as<double>(), r, batch(),
+  pack_report({certificate.sizes.as<double>(), certificate.stored.as<double>(), values.as<double>(), r, batch(),
                certificate.defect_u.as<double>(), certificate.defect_v.as<double>(),
-               seen ? seen->as<double>() : nullptr, frobenius_.as<double>(), failed_.as<int>(), level},
+               seen ? seen->as<double>() : nullptr, failed_.as<int>(), exponents_.as<int>()},
               packed.as<double>(), stream());
   std::vector<double> numbers(batch() * width);
   read_back(*context_, numbers.data(), packed.data, numbers.size() * sizeof(double));
@@ -73,9 +72,11 @@ std::vector<core::Candidate<DenseCuda::Array>> DenseCuda::report(const Certifica
   std::vector<core::Candidate<Array>> candidates(batch());
   for (int64_t b = 0; b < batch(); ++b) {
     const double* const row = numbers.data() + b * width;
-    if (std::isinf(row[kLargest])) {
+    const double* const stored = row + kSizes + r;
+    if (std::isinf(stored[0])) {
       throw std::range_error("the largest singular value is beyond the range of float32");
     }
+    const auto made = core::verdict(row + kSizes, stored, r, floor_, noise_, tol);
     auto& [found, missed] = candidates[b];
     const auto of_matrix = [&](const Array& a) {
       Array one = a;
@@ -85,12 +86,13 @@ std::vector<core::Candidate<DenseCuda::Array>> DenseCuda::report(const Certifica
     found.u = of_matrix(certificate.u);
     found.s = of_matrix(certificate.s);
     found.v = of_matrix(certificate.v);
-    const auto residuals = std::make_shared<std::vector<double>>(row + kResiduals, row + width);
+    const auto residuals = std::make_shared<std::vector<double>>(made.residuals);
     static_cast<Panel&>(found.residuals) = {residuals->data(), Type::kFloat64, 1, r, 1, r};
     found.residuals.owner = std::shared_ptr<void>(residuals, residuals->data());
-    found.converged = row[kFailed] == 0 && row[kDefect] <= kLargestDefect &&
-                      std::all_of(residuals->begin(), residuals->end(), [&](double rho) { return rho <= tol; });
-    missed = row[kSeen] > row[kSmallest] * (1 + 1e-3) + 64 * epsilon() * row[kFrobenius];
+    found.floor = std::ldexp(made.floor, static_cast<int>(row[kExponent]));
+    found.converged = made.certified && row[kFailed] == 0 && row[kDefect] <= kLargestDefect;
+    found.can_be_finer = made.can_be_finer;
+    missed = core::has_missed(row[kSeen], row[kSmallest], made.floor);
   }
   return candidates;
 }

@@ -126,8 +126,8 @@ DenseCuda::Array DenseCuda::ritz_values(const Array& lambda, const Array& which)
 
 std::vector<double> DenseCuda::relative_size(const Array& r, const Array& lambda, const Array& which) const {
   const Array sizes = column_norms(r), worst = array(1, 1, Type::kFloat64);
-  relative_sizes({sizes.as<double>(), which.as<int>(), which.cols, plan_.rank, 4 * epsilon(), frobenius_.as<double>(),
-                  failed_.as<int>()},
+  relative_sizes({sizes.as<double>(), which.as<int>(), which.cols, plan_.rank, 4 * epsilon(), floor_,
+                  frobenius_.as<double>(), failed_.as<int>()},
                  lambda, worst.as<double>(), stream());
   std::vector<double> host(batch());
   read_back(*context_, host.data(), worst.data, host.size() * sizeof(double));

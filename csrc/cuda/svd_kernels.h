@@ -103,13 +103,13 @@ void largest_first(const double* values, int64_t count, int64_t keep, int64_t ba
 void subtract_ritz(const Panel& v, const Panel& lambda, const int* which, const Panel& r, Stream stream);
 // out[j] = sqrt(lambda[which[j]]).
 void ritz_values(const Panel& lambda, const int* which, const Panel& out, Stream stream);
-// out[b] = largest sizes[j] / lambda[which[j]]; without those that are rounding (by level * frobenius), and without
-// which[j] >= rank. NaN where failed[b].
+// out[b] = largest sizes[j] / (sigma max(sigma, floor sigma_1)) with sigma^2 = lambda[which[j]]; without those that are
+// rounding (by level * frobenius), and without which[j] >= rank. NaN where failed[b].
 struct RitzSizes {
   const double* sizes;  // [batch, count]
   const int* which;     // [batch, count]
   int64_t count, rank;
-  double level;
+  double level, floor;
   const double* frobenius;
   const int* failed;
 };
@@ -130,16 +130,16 @@ void finish_triplets(const Triplets& input, const Panel& out_u, const Panel& out
 void residual_norms(const Panel& product, const Panel& v, const double* stored, double* out, Stream stream);
 
 // One row of numbers per matrix, for the one read of a certificate.
-enum ReportEntry { kDefect, kSmallest, kSeen, kFrobenius, kFailed, kLargest, kResiduals };
+enum ReportEntry { kDefect, kSmallest, kSeen, kFailed, kExponent, kSizes };
 struct Report {
-  const double* residuals;  // [batch, r]
-  const double* stored;     // [batch, r]
-  const double* values;     // [batch, r]
+  const double* sizes;   // [batch, r]
+  const double* stored;  // [batch, r]
+  const double* values;  // [batch, r]
   int64_t r, batch;
-  const double *defect_u, *defect_v, *seen, *frobenius;  // [batch]; seen may be null
-  const int* failed;
-  double level;  // of the Frobenius norm: a value below it is measured against the largest
+  const double *defect_u, *defect_v, *seen;  // [batch]; seen may be null
+  const int *failed, *exponents;
 };
-void pack_report(const Report& input, double* out, Stream stream);  // [batch, kResiduals + r]
+// [batch, kSizes + 2 r]: the entries above, sizes, stored.
+void pack_report(const Report& input, double* out, Stream stream);
 
 }  // namespace osora::cuda

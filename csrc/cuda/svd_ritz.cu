@@ -151,13 +151,13 @@ struct RelativeSize {
   View<const double> lambda;
   double* out;
   __device__ void operator()(int64_t b, int64_t) const {
-    const double floor = in.level * in.frobenius[b];
+    const double noise = in.level * in.frobenius[b], floor = in.floor * sqrt(lambda.column(b, 0)[0]);
     double worst = in.failed[b] ? NAN : 0;
     for (int64_t j = threadIdx.x; j < in.count; j += kThreads) {
       const int which = in.which[b * in.count + j];
-      const double size = in.sizes[b * in.count + j], value = lambda.column(b, 0)[which];
-      const bool ignored = which >= in.rank || size <= floor * fmax(sqrt(value), floor);
-      if (!ignored) worst = Largest()(size / fmax(value, 1e-300), worst);
+      const double size = in.sizes[b * in.count + j], value = sqrt(lambda.column(b, 0)[which]);
+      const bool ignored = which >= in.rank || size <= noise * fmax(value, noise);
+      if (!ignored) worst = Largest()(size / fmax(value * fmax(value, floor), 1e-300), worst);
     }
     worst = block_reduce(worst, Largest());
     if (threadIdx.x == 0) out[b] = worst;
@@ -220,26 +220,20 @@ struct PackReport {
   Report in;
   double* out;
   __device__ void operator()(int64_t b, int64_t) const {
-    double largest = 0, smallest = INFINITY;
+    double smallest = INFINITY;
+    double* const row = out + b * (kSizes + 2 * in.r);
     for (int64_t j = threadIdx.x; j < in.r; j += kThreads) {
-      largest = Largest()(in.stored[b * in.r + j], largest);
       smallest = Smallest()(in.values[b * in.r + j], smallest);
+      row[kSizes + j] = in.sizes[b * in.r + j];
+      row[kSizes + in.r + j] = in.stored[b * in.r + j];
     }
-    largest = block_reduce(largest, Largest());
     smallest = block_reduce(smallest, Smallest());
-    double* const row = out + b * (kResiduals + in.r);
-    for (int64_t j = threadIdx.x; j < in.r; j += kThreads) {
-      const double s = in.stored[b * in.r + j];
-      const double reference = s > in.level * in.frobenius[b] ? s : largest;
-      row[kResiduals + j] = in.residuals[b * in.r + j] / fmax(reference, 1e-300);
-    }
     if (threadIdx.x != 0) return;
     row[kDefect] = Largest()(in.defect_u[b], in.defect_v[b]);
     row[kSmallest] = smallest;
     row[kSeen] = in.seen ? in.seen[b] : 0;
-    row[kFrobenius] = in.frobenius[b];
     row[kFailed] = in.failed[b];
-    row[kLargest] = largest;
+    row[kExponent] = in.exponents[b];
   }
 };
 

@@ -8,6 +8,7 @@
 #include <limits>
 
 #include "core/philox.h"
+#include "torch/rounding.h"
 #include "torch/scale.h"
 
 namespace osora {
@@ -16,8 +17,10 @@ namespace {
 double epsilon(at::ScalarType type) { return type == at::kDouble ? 0x1p-52 : 0x1p-23; }
 
 at::Tensor product(const at::Tensor& a, const at::Tensor& b) {
-  if (a.size(0) == 1) return at::mm(a[0], b[0]).unsqueeze(0);  // bmm of one is slower than mm on the CPU
-  return at::bmm(a, b);
+  const bool one = a.size(0) == 1;  // bmm of one is slower than mm on the CPU
+  auto made = one ? at::mm(a[0], b[0]).unsqueeze(0) : at::bmm(a, b);
+  rounded(made, a, b);
+  return made;
 }
 
 // y^T y, summed in float64 whatever y is: [B, c, c].
@@ -43,7 +46,19 @@ at::Tensor gram_matrix(const at::Tensor& y) {
     const auto left = g.narrow(0, top, std::min(kTile, n - top)).narrow(1, 0, top);
     g.narrow(0, 0, top).narrow(1, top, left.size(0)).copy_(left.t());
   }
+  rounded(g, y[0].t(), y[0]);
   return g.unsqueeze(0);
+}
+
+// s [r], float64, of a matrix scaled by 2^-exponent -> out = s 2^exponent in its own dtype, where it may be subnormal
+// or beyond the range; and that number, scaled.
+at::Tensor round_values(const at::Tensor& s, int exponent, at::Tensor out) {
+  out.copy_(scale_by(s.clone(), exponent));
+  auto stored = scale_by(out.to(at::kDouble, /*non_blocking=*/false, /*copy=*/true), -exponent);
+  TORCH_CHECK_VALUE(stored.isfinite().all().item<bool>(), "osora::truncated_svd: the largest singular value is beyond ",
+                    "the range of ", out.scalar_type(), ": scale the weight down",
+                    out.scalar_type() == at::kDouble ? "" : ", or convert it to float64");
+  return stored;
 }
 
 constexpr int64_t kNarrow = 128;
@@ -66,6 +81,8 @@ DenseAten::DenseAten(const std::vector<Panels>& weights, const core::SvdPlan& pl
       options_(work),
       work_(work.dtype().toScalarType()),
       out_(out),
+      floor_(core::rounding_floor(plan.rows, plan.cols, epsilon(out))),
+      noise_(core::rounding_noise(plan.rows, plan.cols, epsilon(out))),
       seed_(seed),
       keys_(keys),
       frobenius_(at::empty({int64_t(weights.size()), 1, 1}, at::TensorOptions().dtype(at::kDouble))) {
@@ -138,6 +155,7 @@ void DenseAten::project_out(Array& z, const Array& v) const {
   } else {
     z.baddbmm_(v, inside, 1, -1);
   }
+  rounded(z, v, inside);
 }
 
 void DenseAten::rotate(Array& v, const Array& q, int64_t width, int64_t keep) {
@@ -254,16 +272,16 @@ DenseAten::Array DenseAten::ritz_values(const Array& lambda, const Array& which)
 
 std::vector<double> DenseAten::relative_size(const Array& r, const Array& lambda, const Array& which) const {
   const auto size = column_norms(r).squeeze(1).to(at::kDouble);
-  const auto floor = (4 * epsilon(work_)) * frobenius_.squeeze(1);
-  const auto noise = floor * at::maximum(lambda.gather(1, which).sqrt(), floor);
-  const auto ignore = at::logical_or(size.le(noise), which.ge(plan_.rank));
-  const auto relative = (size / lambda.gather(1, which).clamp_min(1e-300)).masked_fill(ignore, 0.0);
+  const auto value = lambda.gather(1, which).sqrt(), largest = lambda.narrow(1, 0, 1).sqrt();
+  const auto noise = (4 * epsilon(work_)) * frobenius_.squeeze(1);
+  const auto ignore = at::logical_or(size.le(noise * at::maximum(value, noise)), which.ge(plan_.rank));
+  const auto relative =
+      (size / (value * at::maximum(value, floor_ * largest)).clamp_min(1e-300)).masked_fill(ignore, 0);
   const auto host = std::get<0>(relative.max(1)).to(at::kCPU).contiguous();
   return {host.const_data_ptr<double>(), host.const_data_ptr<double>() + host.numel()};
 }
 
-// Residuals of the factors as they will be handed out, rounded to `out_`: rho_i = |W^T u_i - sigma_i v_i| / sigma_i.
-// A value at the rounding level of W is measured against sigma_1 instead.
+// Measured on the factors as they will be handed out, rounded to `out_`.
 DenseAten::Certificate DenseAten::certify(Array u, Array s, Array v, double tol) const {
   // Repeated values come out of Rayleigh-Ritz in any order.
   const auto order = std::get<1>(at::sort(s, /*stable=*/true, /*dim=*/2, /*descending=*/true));
@@ -273,55 +291,61 @@ DenseAten::Certificate DenseAten::certify(Array u, Array s, Array v, double tol)
   v = sorted(v);
   const auto sign = at::where(u.gather(1, u.abs().argmax(1, true)).lt(0), -1.0, 1.0).to(u.scalar_type());
   Certificate made{(u * sign).to(out_), at::empty(s.sizes(), s.options().dtype(out_)), (v * sign).to(out_),
-                   at::empty(s.sizes(), s.options())};
+                   at::empty(s.sizes(), s.options()), at::empty(s.sizes(), s.options())};
   for (int64_t b = 0; b < batch(); ++b) {
-    // Sigma as it will be stored: it may be subnormal there, or beyond the range.
-    const int exponent = weights_[b]->exponent();
-    made.s[b].copy_(scale_by(s[b].clone(), exponent));
-    const auto stored = scale_by(made.s[b].to(at::kDouble, false, /*copy=*/true), -exponent);  // [r]
-    TORCH_CHECK_VALUE(stored.isfinite().all().item<bool>(),
-                      "osora::truncated_svd: the largest singular value is beyond the range of ", out_,
-                      ": scale the weight down", out_ == at::kDouble ? "" : ", or convert it to float64");
+    auto stored = round_values(s[b], weights_[b]->exponent(), made.s[b]);
     const auto residual = weights_[b]->transposed_times(made.u[b].to(work_)) - made.v[b].to(work_) * stored.to(work_);
     auto size = at::linalg_vector_norm(residual, 2, at::IntArrayRef{0}, false, at::kDouble);  // [r]
-    const auto norm = frobenius_[b][0];
-    const auto reliable = stored.gt((8 * epsilon(out_)) * norm);
-    const auto reference = at::where(reliable, stored, stored.amax(0, true)).clamp_min(1e-300);
+    const auto largest = stored.amax(0, true);
     if (work_ != at::kDouble) {
       // The product's own rounding is at most some 16 epsilon |W|. Where that is as large as the tolerance, again in
-      // float64; elsewhere it is a small part of a residual that is far from the verdict.
+      // float64; elsewhere it is a small part of a residual that is far from the verdict. Noise is measured as it is.
+      const auto norm = epsilon(work_) * frobenius_[b][0], reference = at::maximum(stored, floor_ * largest);
       const auto near =
-          reference.lt((16 / tol) * epsilon(work_) * norm).logical_and_(size.lt((64 * epsilon(work_)) * norm));
+          reference.lt((16 / tol) * norm).logical_and_(size.lt(64 * norm)).logical_and_(stored.gt(noise_ * largest));
       const auto small = near.nonzero().squeeze(1);
       if (small.numel() > 0) {
-        const auto few_v = made.v[b].index_select(1, small).to(at::kDouble) * stored.index_select(0, small);
-        const auto few =
-            weights_[b]->in(at::kDouble).transposed_times(made.u[b].index_select(1, small).to(at::kDouble));
-        size.index_put_({small}, at::linalg_vector_norm(few - few_v, 2, at::IntArrayRef{0}));
+        const auto few_u = made.u[b].index_select(1, small).to(at::kDouble);
+        const auto few_v = made.v[b].index_select(1, small).to(at::kDouble);
+        const auto product = weights_[b]->in(at::kDouble).transposed_times(few_u);
+        // v^T W^T u is sigma to the second order of the vectors' errors; |A v| has those of its own product.
+        const auto old = s[b].index_select(0, small), refined = (product * few_v).sum(0);
+        s[b].index_put_({small}, at::where((refined - old).abs().le(noise_ * largest), refined, old));
+        stored = round_values(s[b], weights_[b]->exponent(), made.s[b]);
+        size.index_put_({small},
+                        at::linalg_vector_norm(product - few_v * stored.index_select(0, small), 2, at::IntArrayRef{0}));
+        const auto order = std::get<1>(at::sort(stored, /*stable=*/true, /*dim=*/0, /*descending=*/true));
+        for (const auto& part : {made.u[b], made.v[b]}) part.copy_(part.index_select(1, order));
+        made.s[b].copy_(made.s[b].index_select(0, order));
+        stored = stored.index_select(0, order);
+        size = size.index_select(0, order);
       }
     }
-    made.residuals[b].copy_(size / reference);
+    made.stored[b].copy_(stored);
+    made.sizes[b].copy_(size);
   }
   return made;
 }
 
 std::vector<core::Candidate<DenseAten::Array>> DenseAten::report(const Certificate& certificate, const Array& values,
                                                                  const Array* seen, double tol) const {
-  std::vector<core::Candidate<Array>> verdicts(batch());
+  std::vector<core::Candidate<Array>> candidates(batch());
+  const auto stored = certificate.stored.to(at::kCPU), sizes = certificate.sizes.to(at::kCPU);
   for (int64_t b = 0; b < batch(); ++b) {
-    auto& [found, missed] = verdicts[b];
+    const int64_t r = stored.size(1);
+    const auto made = core::verdict(sizes.const_data_ptr<double>() + b * r, stored.const_data_ptr<double>() + b * r, r,
+                                    floor_, noise_, tol);
+    auto& [found, missed] = candidates[b];
     found.u = certificate.u[b];
     found.s = certificate.s[b];
     found.v = certificate.v[b];
-    found.residuals = certificate.residuals[b];
-    found.converged = found.residuals.max().item<double>() <= tol;
-    if (seen) {
-      const double smallest = values[b].min().item<double>();
-      const double noise = 64 * epsilon(work_) * frobenius_[b].item<double>();
-      missed = (*seen)[b].item<double>() > smallest * (1 + 1e-3) + noise;
-    }
+    found.residuals = at::tensor(made.residuals, stored.options());
+    found.floor = std::ldexp(made.floor, weights_[b]->exponent());
+    found.converged = made.certified;
+    found.can_be_finer = made.can_be_finer;
+    if (seen) missed = core::has_missed((*seen)[b].item<double>(), values[b].min().item<double>(), made.floor);
   }
-  return verdicts;
+  return candidates;
 }
 
 DenseAten::Array DenseAten::largest_value(const Array& y) {

@@ -65,9 +65,10 @@ class DenseAten {
 
   // -- the answer ---------------------------------------------------------------------------------------------------
   struct Certificate {
-    Array u, s, v, residuals;  // of W: [B, d, r], [B, r], [B, k, r] in the dtype `out`; [B, r] in float64
+    Array u, s, v;        // of W: [B, d, r], [B, r], [B, k, r] in the dtype `out`
+    Array stored, sizes;  // [B, r] in float64, of A: s as it is handed out, and |A^T u - s v|
   };
-  // From u, s, v with A v = u s (of A^T where the plan is transposed): sorted, signed, rounded, and measured.
+  // From u, s, v with W v = u s but for the scale: sorted, signed, rounded, and measured.
   Certificate certify(Array u, Array s, Array v, double tol) const;
   // values [B, 1, r] of A and what the probe saw [B] (or null): the verdict on each matrix.
   std::vector<core::Candidate<Array>> report(const Certificate& certificate, const Array& values, const Array* seen,
@@ -86,6 +87,7 @@ class DenseAten {
   core::SvdPlan plan_;
   at::TensorOptions options_;
   at::ScalarType work_, out_;
+  double floor_, noise_;  // of rounding, over sigma_1
   uint64_t seed_;
   std::vector<uint64_t> keys_;
   uint32_t draws_ = 0;  // streams used so far

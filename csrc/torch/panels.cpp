@@ -15,6 +15,7 @@
 
 #include "cpu/skinny.h"
 #include "torch/guards.h"
+#include "torch/rounding.h"
 #include "torch/scale.h"
 #include "torch/workers.h"
 
@@ -244,6 +245,7 @@ void Panels::run(const at::Tensor* x, at::Tensor y, at::Tensor* z) const {
   } else {
     at::parallel_for(0, std::min(threads, groups), 1, work);
   }
+  if (x) rounded(y, weight_, right, -exponent_);
   if (!z) return;
   if (groups == 1 && !skinny) {
     *z = sums[0];
@@ -251,6 +253,7 @@ void Panels::run(const at::Tensor* x, at::Tensor y, at::Tensor* z) const {
     *z = at::empty({k, n}, y.options());
     add_up(sums, skinny, *z);
   }
+  rounded(*z, weight_.t(), y, -exponent_);
 }
 
 at::Tensor Panels::transposed_times(const at::Tensor& y) const {
@@ -274,6 +277,7 @@ at::Tensor Panels::gram(bool of_rows) const {
     const auto part = converted(weight_.narrow(along, begin, std::min(kStep, length - begin)));
     at::addmm_out(g, g, of_rows ? part : part.t(), of_rows ? part.t() : part, begin > 0 ? 1 : 0, alpha * alpha);
   }
+  rounded(g, of_rows ? weight_ : weight_.t(), of_rows ? weight_.t() : weight_, -2 * exponent_);
   return g;
 }
 

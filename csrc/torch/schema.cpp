@@ -44,12 +44,14 @@ TORCH_LIBRARY(osora, m) {
 
   // weights: matrices [d, k] of one shape; keys: one integer per matrix, part of its random stream.
   // -> U [B, d, r], S [B, r], V [B, k, r], residuals [B, r], converged [B] bool, passes [B], method [B], columns [B],
-  // Frobenius norms [B]. max_memory: bytes beyond the weights and the answer; 0 for no limit.
+  // Frobenius norms [B], rounding floors [B]. max_memory: bytes beyond the weights and the answer; 0 for no limit.
   m.def(
       "truncated_svd(Tensor[] weights, int rank, float tol, int seed, int[] keys, str method, int max_memory=0)"
-      " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
+      " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
   // What truncated_svd will do with a matrix [d, k] -> method, block, keep, basis, bytes beyond the weight.
   m.def("svd_plan(int d, int k, int rank, int itemsize, str method, bool cuda, int threads) -> int[]");
+  // The rounding floor of an SVD of [d, k] over sigma_1, where the factors have this many bytes a number.
+  m.def("svd_floor(int d, int k, int itemsize) -> float");
 
   // SORSA. Trained are u [d, r], s [r], v [k, r], the changes of the singular triplets U0, S0, V0; with U = U0 + u and
   // so on, W + U S V^T - U0 S0 V0^T = W + A V0^T + B v^T for A = u S + U0 s and B = U S.

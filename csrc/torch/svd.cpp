@@ -6,6 +6,7 @@
 #include <ATen/ops/cat.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/zeros.h>
+#include <ATen/ops/zeros_like.h>
 #include <torch/library.h>
 
 #include <cmath>
@@ -193,15 +194,15 @@ struct Answer {
   SvdMethod method = SvdMethod::kLanczos;
 };
 
+double epsilon(at::ScalarType type) { return type == at::kDouble ? 0x1p-52 : 0x1p-23; }
+
 // A Gram matrix is rounded at epsilon sigma_1^2, so its eigenvectors mix, and may leave out, what differs by less:
-// sigma is then off by up to epsilon (sigma_1 / sigma)^2 / 2, which no residual shows. Allowed is 1e-5, or rounding of
-// a float32 result.
+// sigma is then off by up to epsilon (sigma_1 / sigma)^2 / 2, which no residual shows. Allowed is 1e-5. Of what is
+// called zero to rounding, it must not have left out anything above the floor.
 bool gram_has_lost(const Result& result, at::ScalarType work) {
-  const bool narrow = result.s.scalar_type() == at::kFloat;
-  if (work == at::kDouble && narrow) return false;
   const auto s = result.s.to(at::kDouble);
-  const double largest = s.max().item<double>(), smallest = s.min().item<double>();
-  return (narrow ? 0x1p-23 : 0x1p-52) * largest * largest > 2e-5 * smallest * smallest;
+  const double largest = s.max().item<double>(), smallest = std::max(s.min().item<double>(), result.floor);
+  return epsilon(work) * largest * largest > 2e-5 * smallest * smallest;
 }
 
 // For each matrix the first certified answer, or else the one with the smallest residual, marked as not converged.
@@ -210,13 +211,16 @@ std::vector<Answer> decompose(const Task& task) {
   std::vector<double> smallest(task.weights.size(), std::numeric_limits<double>::infinity());
   std::vector<size_t> left(task.weights.size());
   std::iota(left.begin(), left.end(), size_t{0});
-  for (const auto& attempt : attempts(task.plan, accumulate_type(task.weights.front().scalar_type()))) {
+  const auto list = attempts(task.plan, accumulate_type(task.weights.front().scalar_type()));
+  for (size_t a = 0; a < list.size(); ++a) {
+    const Attempt& attempt = list[a];
     auto results = run(task.only(left), attempt);
     std::vector<size_t> still;
     for (size_t j = 0; j < left.size(); ++j) {
       Answer& best = answers[left[j]];
       Result& result = results[j];
       if (attempt.method == SvdMethod::kGram && gram_has_lost(result, attempt.work)) result.converged = false;
+      if (result.can_be_finer && a + 1 < list.size()) result.converged = false;
       const int64_t passes = best.result.passes + result.passes, columns = best.result.columns + result.columns;
       const double worst = result.residuals.max().item<double>();
       if (result.converged || !best.result.u.defined() || worst < smallest[left[j]]) {
@@ -275,7 +279,7 @@ int64_t spare_memory([[maybe_unused]] const core::SvdPlan& plan) {
 }
 
 using Output = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor,
-                          at::Tensor, at::Tensor>;
+                          at::Tensor, at::Tensor, at::Tensor>;
 
 Output truncated_svd(at::TensorList weights, int64_t rank, double tol, int64_t seed, at::IntArrayRef keys,
                      std::string method, int64_t max_memory) {
@@ -296,6 +300,7 @@ Output truncated_svd(at::TensorList weights, int64_t rank, double tol, int64_t s
   auto norms = at::zeros({count}, at::TensorOptions().dtype(at::kDouble));
   auto converged = at::zeros({count}, host.dtype(at::kBool)), passes = at::zeros({count}, host),
        columns = at::zeros({count}, host), used = at::zeros({count}, host);
+  auto floors = at::zeros_like(norms);
 
   const auto some = [&](int64_t begin, int64_t end) {
     const OperatorGuard inner(first.device());  // a worker thread starts without ours
@@ -314,6 +319,7 @@ Output truncated_svd(at::TensorList weights, int64_t rank, double tol, int64_t s
       passes.mutable_data_ptr<int64_t>()[i] = result.passes;
       columns.mutable_data_ptr<int64_t>()[i] = result.columns;
       used.mutable_data_ptr<int64_t>()[i] = int64_t(method_used);
+      floors.mutable_data_ptr<double>()[i] = result.floor;
     }
   };
   if (one_thread_each) {
@@ -321,7 +327,7 @@ Output truncated_svd(at::TensorList weights, int64_t rank, double tol, int64_t s
   } else {
     for (int64_t begin = 0; begin < count; begin += at_most) some(begin, std::min(begin + at_most, count));
   }
-  return {U, S, V, residuals, converged, passes, used, columns, norms};
+  return {U, S, V, residuals, converged, passes, used, columns, norms, floors};
 }
 
 // d, k and rank of a matrix, bytes of its dtype -> method, block, keep, basis, bytes: what truncated_svd would do.
@@ -339,10 +345,17 @@ std::vector<int64_t> svd_plan(int64_t d, int64_t k, int64_t rank, int64_t itemsi
   }
 }
 
+double svd_floor(int64_t d, int64_t k, int64_t itemsize) {
+  return core::rounding_floor(d, k, epsilon(itemsize == 8 ? at::kDouble : at::kFloat));
+}
+
 }  // namespace
 
 TORCH_LIBRARY_IMPL(osora, CPU, m) { m.impl("truncated_svd", &truncated_svd); }
 TORCH_LIBRARY_IMPL(osora, CUDA, m) { m.impl("truncated_svd", &truncated_svd); }
-TORCH_LIBRARY_IMPL(osora, CompositeExplicitAutograd, m) { m.impl("svd_plan", &svd_plan); }
+TORCH_LIBRARY_IMPL(osora, CompositeExplicitAutograd, m) {
+  m.impl("svd_plan", &svd_plan);
+  m.impl("svd_floor", &svd_floor);
+}
 
 }  // namespace osora

@@ -74,8 +74,8 @@ std::vector<core::Found<at::Tensor>> svd_launch(const std::vector<at::Tensor>& w
     const auto type = cuda_type(weights.front().scalar_type());
     for (const auto& found : method(cuda::DenseCuda(context, addresses, type, plan, options, keys))) {
       results.push_back({tensor_of(found.u, on_device), tensor_of(found.s, on_device).squeeze(0),
-                         tensor_of(found.v, on_device), tensor_of(found.residuals, on_host).squeeze(0), found.converged,
-                         found.passes, found.columns});
+                         tensor_of(found.v, on_device), tensor_of(found.residuals, on_host).squeeze(0), found.floor,
+                         found.converged, found.can_be_finer, found.passes, found.columns});
     }
   } catch (const std::range_error& error) {
     TORCH_CHECK_VALUE(false, "osora::truncated_svd: ", error.what(),

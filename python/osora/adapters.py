@@ -24,6 +24,7 @@ from osora.patch import (
     check_new_name,
     decompose_targets,
     install_beside,
+    kept,
     notes_of,
     osora_layers,
     refuse_if_busy,
@@ -175,9 +176,7 @@ def add_adapter(
         for target, factors in decompose_targets(
             missing, config, max_memory=max_memory, unconverged=unconverged, progress=progress
         ):
-            if config.rank_for_energy is not None:
-                target = with_enough(target, factors.S, factors.norm, config.rank_for_energy)
-                factors = factors.leading(target.rank)
+            target, factors = kept(target, factors, config)
             new.append((target, make_layer(target.module, factors, formula, config.dropout, name)))
         notes = notes_of([*fitted, *(target for target, _ in new)])
     for layer, rank in joined:

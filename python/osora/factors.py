@@ -30,8 +30,8 @@ class ConvergenceError(RuntimeError):
 class TruncatedSVD(NamedTuple):
     """``W ≈ U diag(S) Vᵀ`` with the proof of how well.
 
-    ``residuals[i] = ‖Wᵀuᵢ − σᵢvᵢ‖ / σᵢ`` of the factors as returned (against σ₁ where σᵢ is zero to rounding); a
-    singular value of W lies within ``residuals[i] · σᵢ`` of each ``S[i]``, plus the rounding of ``W V = U diag(S)``.
+    ``residuals[i] = ‖Wᵀuᵢ − σᵢvᵢ‖ / max(σᵢ, floor)`` of the factors as returned; a singular value of W lies within
+    ``residuals[i] · σᵢ`` of each ``S[i]`` above the floor, plus the rounding of ``W V = U diag(S)``.
     """
 
     U: Tensor
@@ -43,13 +43,17 @@ class TruncatedSVD(NamedTuple):
     residuals: Tensor
     """[..., r] float64, on the CPU."""
     converged: Tensor
-    """[...] bool, on the CPU: every residual is at most tol and no larger triplet was found."""
+    """[...] bool, on the CPU: every residual is at most tol (below the floor at most 1); no larger triplet was seen."""
     passes: Tensor
     """[...] int64, on the CPU: products with W or its transpose."""
     columns: Tensor
     """[...] int64, on the CPU: width of all products with W or Wᵀ, ``2 d k columns`` floating-point operations."""
     norm: Tensor
     """[...] float64, on the CPU: Frobenius norm of W."""
+    floor: Tensor
+    """[...] float64, on the CPU: what rounding cannot tell from 0 (docs/svd.md, "The rounding floor")."""
+    below_floor: Tensor
+    """[..., r] bool, on the CPU: ``S[i] <= floor``. To rounding, W has that many less than r as its rank."""
 
 
 class SvdPlan(NamedTuple):
@@ -71,7 +75,7 @@ class SvdPlan(NamedTuple):
 class Decomposition:
     """:class:`TruncatedSVD` of one named matrix, with the method that gave it.
 
-    One that comes from an adapter's file has 0 columns and no (NaN) norm: they are not stored.
+    One that comes from an adapter's file has 0 columns and no (NaN) norm and floor: they are not stored.
     """
 
     name: str
@@ -84,11 +88,18 @@ class Decomposition:
     method: str
     columns: int = 0
     norm: float = math.nan
+    floor: float = math.nan
+
+    @property
+    def below_floor(self) -> Tensor:
+        """[r] bool: which singular values are zero to rounding; none where the floor is not known."""
+        return self.S.detach().to("cpu", torch.float64) <= self.floor
 
     @property
     def max_residual(self) -> float:
-        """The largest residual of the triplets."""
-        return float(self.residuals.max())
+        """The largest residual of the triplets above the floor; 0 if there is none."""
+        above = self.residuals[~self.below_floor]
+        return float(above.max()) if above.numel() else 0.0
 
     def leading(self, rank: int) -> "Decomposition":
         """The first ``rank`` triplets. Exact: a triplet's vectors, value and residual do not depend on later ones."""
@@ -158,17 +169,32 @@ def _check_arguments(shape: Sequence[int], rank: int, tol: float, seed: int, met
         raise ValueError(f"seed must be an int in 0 .. 2**63 - 1, got {seed!r}")
 
 
+def _reason(item: Decomposition, tol: float) -> tuple[str, str]:
+    """What keeps a decomposition from its certificate, and the cure."""
+    limits = torch.where(item.below_floor, 1.0, tol)
+    missed = (~(item.residuals <= limits)).nonzero().squeeze(1)
+    if not len(missed):
+        return "a larger singular value than the last one was seen", "use method='full' or another seed"
+    first, worst = int(missed[0]), int(missed[item.residuals[missed].argmax()])
+    residual, sigma = float(item.residuals[worst]), float(item.S[worst])
+    where = f"residual {residual:.1e} at triplet {worst + 1} of {len(item.S)}"
+    if not residual * max(sigma, item.floor) <= item.floor:
+        return f"{where} after {item.passes} passes", "use method='full' or a larger tol"
+    cures = [f"a rank of at most {first}"] * (first > 0) + ["a larger tol"]
+    cures += ["float64 weights"] * (item.S.dtype != torch.float64)
+    rounding = f"rounding to {str(item.S.dtype).removeprefix('torch.')} may leave {item.floor / sigma:.1e} there"
+    return f"{where}, {rounding}", f"use {' or '.join(cures)}"
+
+
 def _report_failure(failed: list[Decomposition], tol: float, unconverged: Unconverged) -> None:
     if unconverged not in ("warn", "raise"):
         raise ValueError(f"unconverged must be 'warn' or 'raise', got {unconverged!r}")
     if not failed:
         return
-    worst = ", ".join(f"{item.name or 'weight'} ({item.max_residual:.1e})" for item in failed[:5])
-    more = f" and {len(failed) - 5} more" if len(failed) > 5 else ""
-    message = (
-        f"the truncated SVD reached no certificate of tol={tol:g} for {worst}{more}; largest residuals in brackets: "
-        "use a larger tol, a smaller rank or float64 weights"
-    )
+    reasons = [(item.name or "weight", *_reason(item, tol)) for item in failed[:5]]
+    worst = "; ".join(f"{name} ({why}: {cure})" for name, why, cure in reasons)
+    more = f"; and {len(failed) - 5} more" if len(failed) > 5 else ""
+    message = f"the truncated SVD reached no certificate of tol={tol:g} for {worst}{more}"
     if unconverged == "raise":
         raise ConvergenceError(message)
     warnings.warn(message, RuntimeWarning, stacklevel=4)
@@ -218,8 +244,8 @@ def decompose(
         raise
     U, S, V, residuals, *numbers = results
     found = [
-        Decomposition(name, U[i], S[i], V[i], residuals[i], converged, passes, _USED[used], columns, norm)
-        for i, (name, converged, passes, used, columns, norm) in enumerate(
+        Decomposition(name, U[i], S[i], V[i], residuals[i], converged, passes, _USED[used], columns, norm, floor)
+        for i, (name, converged, passes, used, columns, norm, floor) in enumerate(
             zip(names, *(number.tolist() for number in numbers), strict=True)
         )
     ]
@@ -260,7 +286,8 @@ def truncated_svd(
         unconverged: "warn" or "raise" when a certificate is not reached.
 
     Returns:
-        U, S, V in float32 (float64 for float64 weights), residuals, converged, passes, columns, norm.
+        U, S, V in float32 (float64 for float64 weights), and the certificate: residuals, converged, passes, columns,
+        norm, floor, below_floor.
 
     Raises:
         TypeError: complex, integer or quantised weight.
@@ -295,6 +322,8 @@ def truncated_svd(
             torch.empty(*batch, dtype=torch.int64, device="cpu"),
             torch.empty(*batch, dtype=torch.int64, device="cpu"),
             torch.empty(*batch, dtype=torch.float64, device="cpu"),
+            torch.empty(*batch, dtype=torch.float64, device="cpu"),
+            torch.empty(*batch, rank, dtype=torch.bool, device="cpu"),
         )
     return TruncatedSVD(
         torch.stack([item.U for item in found]).reshape(*batch, d, rank),
@@ -305,6 +334,8 @@ def truncated_svd(
         torch.tensor([item.passes for item in found], device="cpu").reshape(batch),
         torch.tensor([item.columns for item in found], device="cpu").reshape(batch),
         torch.tensor([item.norm for item in found], dtype=torch.float64, device="cpu").reshape(batch),
+        torch.tensor([item.floor for item in found], dtype=torch.float64, device="cpu").reshape(batch),
+        torch.stack([item.below_floor for item in found]).reshape(*batch, rank),
     )
 
 
@@ -344,6 +375,12 @@ def svd_plan(
     return SvdPlan(_USED[used], block, keep, basis, size)
 
 
+def rounding_floor(shape: Sequence[int], dtype: torch.dtype) -> float:
+    """The rounding floor of a weight [d, k] of that dtype, over σ₁; docs/svd.md, "The rounding floor"."""
+    d, k = shape
+    return _ops.svd_floor(d, k, reference.accumulate_dtype(dtype).itemsize)
+
+
 def _checked_pair(shape: Sequence[int]) -> tuple[int, int]:
     pair = tuple(shape)
     if len(pair) != 2 or not all(isinstance(n, int) and not isinstance(n, bool) and n > 0 for n in pair):
@@ -358,6 +395,7 @@ __all__ = [
     "SvdPlan",
     "TruncatedSVD",
     "decompose",
+    "rounding_floor",
     "svd_plan",
     "truncated_svd",
 ]

@@ -136,6 +136,7 @@ def _(
         torch.empty(count, dtype=torch.int64, **host),
         torch.empty(count, dtype=torch.int64, **host),
         torch.empty(count, dtype=torch.float64, **host),
+        torch.empty(count, dtype=torch.float64, **host),
     )
 
 

@@ -192,6 +192,20 @@ def with_enough(target: Target, S: Tensor, norm: Tensor | float, fraction: float
     return replace(target, note="; ".join(filter(None, (target.note, note))))
 
 
+def rank_note(factors: Decomposition) -> str:
+    """What is worth a line where a weight has a smaller rank than the triplets that were asked for, else nothing."""
+    zeros, asked = int(factors.below_floor.sum()), factors.S.numel()
+    return f"its weight has rank {asked - zeros} to rounding, less than {asked}" if zeros else ""
+
+
+def kept(target: Target, factors: Decomposition, config: AdapterConfig) -> tuple[Target, Decomposition]:
+    """What an adapter keeps of a decomposition, by its ``rank_for_energy``; and a note of triplets that are zero."""
+    if config.rank_for_energy is not None:
+        target = with_enough(target, factors.S, factors.norm, config.rank_for_energy)
+        factors = factors.leading(target.rank)
+    return replace(target, note="; ".join(filter(None, (target.note, rank_note(factors))))), factors
+
+
 # -- in and out ------------------------------------------------------------------------------------------------------
 
 
@@ -290,9 +304,7 @@ def attach(
     for target, factors in decompose_targets(
         targets, config, max_memory=max_memory, unconverged=unconverged, progress=progress
     ):
-        if config.rank_for_energy is not None:
-            target = with_enough(target, factors.S, factors.norm, config.rank_for_energy)
-            factors = factors.leading(target.rank)
+        target, factors = kept(target, factors, config)
         layers.append((target, make_layer(target.module, factors, formula, config.dropout, name)))
     notes = notes_of(target for target, _ in layers)
     install(model, layers, name, AdapterState(config, time.perf_counter() - began, notes))

@@ -12,6 +12,7 @@ from osora.adapted import AdaptedLinear, oriented_weight
 from osora.adapter_file import DTYPES
 from osora.base_folder import BaseFolder
 from osora.checkpoint import load_adapter
+from osora.factors import rounding_floor
 from osora.fingerprint import rounding_unit, weight_digest
 from osora.patch import osora_layers
 from osora.saved import SavedModule, adapter_info
@@ -69,11 +70,15 @@ def _check(saved: SavedModule, key: str, layer: AdaptedLinear) -> ModuleCheck:
     weight = oriented_weight(layer.base_layer).detach()
     U, V, S0 = (t.double() for t in layer.basis())
     # Rounding u and v by a unit moves the residual by a unit of σ₁ and of σᵢ, over σᵢ; four of each is never reached.
-    # A weight of zeros has residuals of 0.
-    least = max(float(S0.min()), 1e-30 * float(S0.max()), 1e-300)
+    # Below the rounding floor a residual may be as large as the floor. A weight of zeros has residuals of 0.
+    largest = float(S0.max())
+    floor = rounding_floor(weight.shape, weight.dtype) * largest
+    above = S0[S0 > floor]
+    least = max(float(above.min()) if above.numel() else 0.0, 1e-30 * largest, 1e-300)
     unit = max(rounding_unit(dtype) for dtype in (layer.U.dtype, DTYPES[saved.dtype]))
-    allowed = saved.max_residual * (1 + 1e-3) + 4 * unit * (float(S0.max()) / least + 1)
+    allowed = saved.max_residual * (1 + 1e-3) + 4 * unit * (largest / least + 1)
     off = torch.linalg.vector_norm(weight.double().t() @ U - V * S0, dim=0)
+    off = torch.where(S0 > floor, off, (off - floor).clamp_min(0))
     residual = float((off / S0.clamp_min(least)).max())
     orthonormal = max(_largest_entry(U), _largest_entry(V))
     same_bits = weight_digest(weight) == saved.weight_sha256

@@ -412,14 +412,15 @@ void ritz(int64_t n, int64_t block, int64_t rank) {
   sizes.fill([](int64_t, int64_t, int64_t j) { return 0.01 * static_cast<double>(j % 5 + 1); });
   frobenius.fill([](int64_t, int64_t, int64_t) { return 2; });
   failed.fill([](int64_t b, int64_t, int64_t) { return static_cast<double>(b); });
-  const double level = 0.02, floor = 0.04;
-  relative_sizes({sizes.doubles(), which.ints(), block, rank, level, frobenius.doubles(), failed.ints()},
+  const double level = 0.02, noise = 2 * level, floor = 0.2;  // of sigma_1 = 1
+  relative_sizes({sizes.doubles(), which.ints(), block, rank, level, floor, frobenius.doubles(), failed.ints()},
                  lambda.panel(), worst.doubles(), nullptr);
   double wish = 0;
   for (int64_t j = 0; j < block; ++j) {
     const int from = which.ints()[j];
-    const double size = sizes.get(0, 0, j), value = lambda.get(0, 0, from);
-    if (from < rank && size > floor * std::max(std::sqrt(value), floor)) wish = std::max(wish, size / value);
+    const double size = sizes.get(0, 0, j), value = std::sqrt(lambda.get(0, 0, from));
+    if (from >= rank || size <= noise * std::max(value, noise)) continue;
+    wish = std::max(wish, size / (value * std::max(value, floor)));
   }
   expect(worst.get(0, 0, 0) == wish && std::isnan(worst.get(1, 0, 0)), "relative sizes");
   which.count(), values.count();
@@ -479,20 +480,18 @@ void answer(Type work, Type to, int64_t d, int64_t k, int64_t r) {
   one.fill([](int64_t, int64_t, int64_t) { return 1; }), two.fill([](int64_t, int64_t, int64_t) { return 2; });
   failed.fill([](int64_t b, int64_t, int64_t) { return static_cast<double>(b); });
   for (const double* seen : {static_cast<const double*>(nullptr), static_cast<const double*>(two.doubles())}) {
-    const Array report = vector_of(Type::kFloat64, kResiduals + r, batch);
+    const Array report = vector_of(Type::kFloat64, kSizes + 2 * r, batch);
     pack_report({residuals.doubles(), stored.doubles(), s.doubles(), r, batch, one.doubles(), two.doubles(), seen,
-                 one.doubles(), failed.ints(), 0.3},
+                 failed.ints(), exponents.ints()},
                 report.doubles(), nullptr);
     bool good = true;
     for (int64_t b = 0; b < batch; ++b) {
-      double largest = 0;
-      for (int64_t j = 0; j < r; ++j) largest = std::max(largest, stored.get(b, 0, j));
       good = good && report.get(b, 0, kDefect) == 2 && report.get(b, 0, kSmallest) == s.get(b, 0, r - 1) &&
-             report.get(b, 0, kSeen) == (seen ? 2 : 0) && report.get(b, 0, kFrobenius) == 1 &&
-             report.get(b, 0, kFailed) == static_cast<double>(b) && report.get(b, 0, kLargest) == largest;
+             report.get(b, 0, kSeen) == (seen ? 2 : 0) && report.get(b, 0, kFailed) == static_cast<double>(b) &&
+             report.get(b, 0, kExponent) == exponents.ints()[b];
       for (int64_t j = 0; j < r; ++j) {
-        const double size = stored.get(b, 0, j);
-        good = good && report.get(b, 0, kResiduals + j) == residuals.get(b, 0, j) / (size > 0.3 ? size : largest);
+        good = good && report.get(b, 0, kSizes + j) == residuals.get(b, 0, j) &&
+               report.get(b, 0, kSizes + r + j) == stored.get(b, 0, j);
       }
     }
     expect(good, "report");

@@ -26,7 +26,8 @@ struct Wishes {
   int64_t temporary_bytes = 0, max_passes = 0;
 };
 
-using Output = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
+using Output =
+    std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
 
 Output decompose(at::TensorList weights, int64_t rank, double tol, int64_t seed, at::IntArrayRef keys,
                  const std::string& method, const Wishes& wishes) {
@@ -56,14 +57,16 @@ Output decompose(at::TensorList weights, int64_t rank, double tol, int64_t seed,
   const auto host = at::TensorOptions().dtype(at::kLong);
   auto converged = at::zeros({count}, host.dtype(at::kBool)), passes = at::zeros({count}, host);
   auto columns = at::zeros({count}, host);
+  auto floors = at::zeros({count}, host.dtype(at::kDouble));
   for (size_t i = 0; i < found.size(); ++i) {
     u.push_back(found[i].u), s.push_back(found[i].s), v.push_back(found[i].v);
     residuals.push_back(found[i].residuals);
     converged.mutable_data_ptr<bool>()[i] = found[i].converged;
     passes.mutable_data_ptr<int64_t>()[i] = found[i].passes;
     columns.mutable_data_ptr<int64_t>()[i] = found[i].columns;
+    floors.mutable_data_ptr<double>()[i] = found[i].floor;
   }
-  return {at::stack(u), at::stack(s), at::stack(v), at::stack(residuals), converged, passes, columns};
+  return {at::stack(u), at::stack(s), at::stack(v), at::stack(residuals), converged, passes, columns, floors};
 }
 
 Output svd_emulated(at::TensorList weights, int64_t rank, double tol, int64_t seed, at::IntArrayRef keys,
@@ -81,11 +84,12 @@ std::tuple<int64_t, int64_t> precision(int64_t weight, bool float64_work, double
 
 }  // namespace
 
-// U, S, V, residuals, converged, passes, columns.
+// U, S, V, residuals, converged, passes, columns, floors.
 TORCH_LIBRARY_FRAGMENT(osora_emulated, m) {
   m.def(
       "svd(Tensor[] weights, int rank, float tol, int seed, int[] keys, str method='lanczos', bool float64_work=False, "
-      "int temporary_bytes=134217728, int max_passes=600) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
+      "int temporary_bytes=134217728, int max_passes=600)"
+      " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
 }
 TORCH_LIBRARY_FRAGMENT(osora_emulated, m) {
   m.def("svd_precision(int weight, bool float64_work, float tol, int capability, bool exact) -> (int, int)",

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a new adapter's tensors start as: a shared basis, a decomposition (all of a shape at once), or a file's."""
 
+import logging
 from collections.abc import Sequence
 
 import torch
@@ -9,10 +10,12 @@ from osora.adapter_file import AdapterError, Description
 from osora.bases import base_weight, dense_weight
 from osora.checkpoint import rank_decomposed
 from osora.evidence import check_bases
-from osora.patch import decompose_targets, with_enough
+from osora.patch import decompose_targets, rank_note, with_enough
 from osora.peft.config import AdapterConfig
 from osora.peft.layer import AdapterLayer
 from osora.targets import Target
+
+log = logging.getLogger("osora")
 
 
 def empty_basis(layer: AdapterLayer, name: str) -> None:
@@ -41,6 +44,8 @@ def fill(layers: Sequence[AdapterLayer], name: str, config: AdapterConfig) -> No
         targets, config.native(), max_memory=None, unconverged="warn", progress=None
     ):
         wanting[target.name].put_factors(name, factors)
+        if note := rank_note(factors):
+            log.info("%s: %s", target.name, note)
         _fit(wanting[target.name], name, config)
     if not config.init_weights:
         for layer in layers:

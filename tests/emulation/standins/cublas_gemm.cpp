@@ -10,6 +10,7 @@
 #include "call.h"
 #include "cublas.h"
 #include "memory.h"
+#include "rounding/errors.h"
 
 namespace osora::standins {
 namespace {
@@ -107,7 +108,10 @@ void gemm(cublasHandle_t handle, cublasOperation_t op_a, cublasOperation_t op_b,
     if (alpha == 0 || k == 0) {  // then A and B are not read, NaN or not
       sum = at::zeros(out.sizes(), out.options().dtype(exact));
     } else {
-      sum = at::mm(operand(a, i, op_a, exact, to), operand(b, i, op_b, exact, to)).mul_(alpha);
+      const auto left = operand(a, i, op_a, exact, to), right = operand(b, i, op_b, exact, to);
+      sum = at::mm(left, right);
+      if (const int64_t seed = settings().rounding) osora::rounding::add_errors(uint64_t(seed), sum, left, right);
+      sum.mul_(alpha);
     }
     if (beta != 0) sum.add_(out.to(exact), beta);
     out.copy_(sum);

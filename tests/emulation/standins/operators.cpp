@@ -38,6 +38,8 @@ void set(const std::string& name, int64_t value) {
     all.cheap_batch = value;
   } else if (name == "packs_of_16_bytes") {
     all.packs_of_16_bytes = value != 0;
+  } else if (name == "rounding") {
+    all.rounding = value;
   } else if (name == "own_workspace") {
     all.own_workspace = value != 0;
   } else {

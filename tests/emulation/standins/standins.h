@@ -26,6 +26,7 @@ struct Settings {
       true;  // refuse 16-bit operands of a product that are not aligned to 16 bytes: right but slow
   int64_t cheap_batch =
       32768;                   // above it XsyevBatched wants 4 GiB of workspace; cuSOLVER's can be many times its input
+  int64_t rounding = 0;        // a seed: products get rounding errors of another machine (tests/rounding); 0: none
   bool own_workspace = false;  // refuse cuBLAS calls without cublasSetWorkspace since the last cublasSetStream
 };
 Settings& settings();
