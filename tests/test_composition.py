@@ -228,6 +228,24 @@ def test_a_compiled_layer_takes_any_number_of_rows(compiler, autocast):
 
 
 @from_dynamo
+@pytest.mark.parametrize("autocast", [False, True], ids=["plain", "autocast"])
+@pytest.mark.parametrize("trained", [False, True], ids=["inference", "training"])
+def test_a_compiled_layer_has_its_operators_in_the_graph(trained, autocast):
+    """Not fullgraph: what broke the graph would run uncompiled, and what took compiling for exporting keep h with y."""
+    found: list[str] = []
+
+    def note(graph: torch.fx.GraphModule, inputs: object) -> Callable:
+        found.extend(str(node.target) for node in graph.graph.nodes if "osora" in str(node.target))
+        return make_boxed_func(graph.forward)
+
+    layer, x = moved(make_layer()), torch.randn(4, 12)
+    compiled = torch.compile(layer, backend=aot_autograd(fw_compiler=note, bw_compiler=nop))
+    with torch.set_grad_enabled(trained), torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        assert torch.equal(compiled(x), layer(x))
+    assert found == (["osora.down.default", "osora.up.default"] if trained else ["osora.linear.default"])
+
+
+@from_dynamo
 @compilers
 def test_a_compiled_model_takes_any_length(compiler):
     model = adapted(layers=1)

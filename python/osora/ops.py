@@ -193,14 +193,12 @@ torch.library.register_autograd("osora::fold_many", _fold_many_gradient, setup_c
 def _linear_save(ctx: Any, inputs: tuple, h: Tensor) -> None:
     _, weight, _, U, V, S0, s, o = inputs
     _refuse_frozen("linear", _frozen_wanted(weight, U, V, S0))
-    ctx.has_weight = weight is not None
     ctx.save_for_backward(h, *(() if weight is None else (weight,)), U, V, S0, s, o)
 
 
 def _linear_gradient(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-    h, *rest = ctx.saved_tensors
-    weight = rest.pop(0).to(h.dtype) if ctx.has_weight else None
-    U, V, S0, s, o = rest
+    h, *given, U, V, S0, s, o = ctx.saved_tensors
+    weight = given[0].to(h.dtype) if given else None
     U, V = U.to(h.dtype), V.to(h.dtype)
     need_x, _, need_bias, _, _, _, need_s, need_o = ctx.needs_input_grad[-8:]
     dx, ds, do = _ops.linear_backward(dy, h, weight, U, V, S0, s, o, need_x, need_s, need_o)
@@ -289,6 +287,11 @@ def _watched() -> bool:
     return torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0
 
 
+def _exporting() -> bool:
+    # Not torch.compiler.is_exporting(): torch 2.11 folds it to true wherever it compiles. What it reads is right.
+    return torch.compiler._is_exporting_flag
+
+
 def _transformed() -> bool:
     """Inside a transform of torch.func, or forward-mode differentiation: they see through plain torch alone."""
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
@@ -310,8 +313,10 @@ def _cast_frozen(inputs: tuple) -> tuple:
 
 def _autocast(x: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None, bool]:
     """x and bias as autocast wants them, and whether it wants anything of the frozen tensors."""
+    # Of the devices with operators of ours only "meta" lacks autocast, and cannot be asked for it. To ask
+    # torch.amp.is_autocast_available instead would break the graph of torch 2.11.
     device = x.device.type
-    autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    autocast = device != "meta" and torch.is_autocast_enabled(device)
     if not autocast or x.dtype == torch.float64:  # as torch's own rule: autocast leaves float64 alone
         return x, bias, False
     dtype = torch.get_autocast_dtype(device)
@@ -413,7 +418,7 @@ def linear(
     transformed = _transformed()
     trained = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs)
     # An exported graph has the operator itself, whose registered derivative serves whoever trains it.
-    if trained and not transformed and not torch.compiler.is_exporting():
+    if trained and not transformed and not _exporting():
         _refuse_frozen("linear", _frozen_wanted(weight, U, V, S0))
         return _Linear.apply(cast, *inputs) if _watched() else _ops.linear_trained(*inputs, cast)
     inputs = _cast_frozen(inputs) if cast else inputs
