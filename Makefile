@@ -43,7 +43,7 @@ export HF_HOME := $(CURDIR)/build/huggingface
 export MPLCONFIGDIR := $(CURDIR)/build/matplotlib
 export PATH := $(abspath $(VENV))/bin:$(PATH)
 
-.PHONY: demo test prepare unit lint emulation coverage rounding peft-versions torch clean
+.PHONY: demo test prepare unit lint emulation coverage rounding peft-versions torch-versions torch clean
 .DEFAULT_GOAL := test
 ifndef VERBOSE
 .SILENT:
@@ -107,6 +107,21 @@ build/peft-%/.done: $(STAMPS)/test
 	$(PIP) --no-deps --target $(@D) peft==$*
 	touch $@
 
+# What stands on torch, under the oldest that is supported: operators, layers, torch.compile and torch.export around them,
+# the SVD. Each version has an environment of its own, without CUDA; TORCH_VERSIONS='2.11.0 2.12.1' takes more.
+TORCH_VERSIONS := 2.11.0
+TORCH_TESTS := tests/test_linear.py tests/test_linear_add.py tests/test_linear_autograd.py tests/test_linear_multi.py \
+  tests/test_fold.py tests/test_fold_many.py tests/test_decode.py tests/test_effective.py tests/test_sorsa.py \
+  tests/test_sorsa_adapter.py tests/test_ablations.py tests/test_layers.py tests/test_composition.py \
+  tests/test_execution.py tests/test_compiled_model.py tests/test_multi_adapters.py tests/test_truncated_svd.py \
+  tests/test_svd_hostile.py
+
+torch-versions: $(TORCH_VERSIONS:%=torch-version-%)
+
+torch-version-%:
+	export OSORA_CUDA=0
+	$(MAKE) unit VENV=.venv-torch-$* TORCH=torch==$* EMULATION=0 PYTEST_ARGS="$(TORCH_TESTS)"
+
 clean:
 	rm -rf build
 
@@ -128,8 +143,9 @@ torch: $(STAMPS)/venv
 	echo "$$version" | cmp --silent - $(STAMPS)/torch || echo "$$version" > $(STAMPS)/torch
 $(STAMPS)/torch: torch ;
 
-$(STAMPS)/tools: $(STAMPS)/venv Makefile
-	$(PIP) $(BUILD_TOOLS)
+# With torch in the same breath: torch 2.11 wants a setuptools below 82.
+$(STAMPS)/tools: $(STAMPS)/torch Makefile
+	$(PIP) $(BUILD_TOOLS) '$(TORCH)'
 	touch $@
 
 # A plain install, as a user has it. build/lib* is removed because setuptools would pack files deleted meanwhile.
