@@ -19,10 +19,20 @@ __attribute__((weak)) int MKL_Set_Num_Threads_Local(int);
 
 namespace osora {
 
+// torch sets a new thread's number, also MKL's, at its first use, and would undo a setting made before that. Once in
+// torch, once in this library, which has its own copy of the inline function that at::parallel_for asks.
+inline void let_torch_set_its_number() {
+  at::get_num_threads();
+  at::internal::lazy_init_num_threads();
+}
+
 // While it lives, BLAS called from this thread uses this thread alone. Inside at::parallel_for MKL would choose for
 // itself, from what the thread did before: other bits from one call to the next.
 struct SingleThreadedBlas {
-  SingleThreadedBlas() : before_(MKL_Set_Num_Threads_Local ? MKL_Set_Num_Threads_Local(1) : 0) {}
+  SingleThreadedBlas() {
+    let_torch_set_its_number();
+    if (MKL_Set_Num_Threads_Local) before_ = MKL_Set_Num_Threads_Local(1);
+  }
   ~SingleThreadedBlas() {
     if (MKL_Set_Num_Threads_Local) MKL_Set_Num_Threads_Local(before_);
   }
@@ -30,7 +40,7 @@ struct SingleThreadedBlas {
   SingleThreadedBlas& operator=(const SingleThreadedBlas&) = delete;
 
  private:
-  int before_;
+  int before_ = 0;
 };
 
 // Runs task(i) for i in [0, count) on at most `workers` threads. Every task sees one thread, also when it is alone:
@@ -41,10 +51,7 @@ inline void run_single_threaded(int64_t count, int64_t workers, const std::funct
   std::atomic<bool> failed{false};
   std::exception_ptr error;
   const auto work = [&] {
-    // torch sets a new thread's number at its first use: before ours. Once in torch, once in this library, which has
-    // its own copy of the inline function that at::parallel_for asks.
-    at::get_num_threads();
-    at::internal::lazy_init_num_threads();
+    let_torch_set_its_number();
     if (omp_set_num_threads) omp_set_num_threads(1);
     if (MKL_Set_Num_Threads_Local) MKL_Set_Num_Threads_Local(1);
     for (int64_t i = next++; i < count && !failed; i = next++) {
