@@ -11,12 +11,18 @@ from types import ModuleType
 import pytest
 import torch
 from backends import NAMES, Backend, OtherRounding, make_backend
+from processor import capability, processor
 
 TEMPLATE = (
     "{% for message in messages %}<{{ message['role'] }}>{{ message['content'] }}"
     "{% if message['role'] == 'assistant' %}<end>{% endif %}{{ '\\n' }}{% endfor %}"
     "{% if add_generation_prompt %}<assistant>{% endif %}"
 )
+
+
+def pytest_report_header() -> list[str]:
+    """What the outcome may depend on, for whoever reads a log."""
+    return [f"processor: {processor()}", capability()]
 
 
 @pytest.fixture(params=NAMES)
