@@ -273,8 +273,10 @@ def test_rows_do_not_see_each_other(backend, dtype):
 def test_bits_do_not_depend_on_threads(dtype):
     """The two steps of ours: with d beyond what one thread takes, and rows cut in the middle."""
     multi, before = multi_case((67,), 5, 8, 1009, 3, dtype, ranks=True), torch.get_num_threads()
-    # whole numbers: the products are exact, so that only our own steps could differ
-    multi = multi.replace(x=multi.case.x.round(), weight=multi.case.weight.round(), V=multi.case.V.sign())
+    # whole numbers, save o: every order of the products' sums gives the same, so that only our own steps could differ
+    c = multi.case
+    multi = multi.replace(x=c.x.round(), weight=(4 * c.weight).round(), bias=c.bias.round(), V=c.V.sign(), U=c.U.sign())
+    multi = multi.replace(S0=(4 * c.S0).round(), s=(10 * c.s).round())
     results = []
     try:
         for threads in (1, 2, 5):
