@@ -115,12 +115,13 @@ def test_what_is_not_finite_stays_so(dtype):
 @pytest.mark.parametrize("capability", ["avx2", "default"])
 def test_processors_with_fewer_instructions(capability):
     """What a processor without AMX, AVX-512 or AVX2 runs; torch's own variable holds ours back too."""
+    libraries = {"MKL_ENABLE_INSTRUCTIONS": "AVX2", "ONEDNN_MAX_CPU_ISA": "AVX2"}
     chosen = ["test_cpu_paths.py", "test_fold.py", "test_panels.py"]
     which = "(test_cpu_paths or test_fold or width or strides) and not cuda and not emulated"
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-k", which]
     done = subprocess.run(
         [*command, *(str(TESTS / name) for name in chosen)],
-        env={**os.environ, "ATEN_CPU_CAPABILITY": capability},
+        env=os.environ | libraries | {"ATEN_CPU_CAPABILITY": capability},
         cwd=TESTS.parent,
         capture_output=True,
         text=True,
