@@ -43,7 +43,7 @@ export HF_HOME := $(CURDIR)/build/huggingface
 export MPLCONFIGDIR := $(CURDIR)/build/matplotlib
 export PATH := $(abspath $(VENV))/bin:$(PATH)
 
-.PHONY: demo test prepare unit lint emulation coverage rounding peft-versions torch-versions torch clean
+.PHONY: demo test prepare unit lint emulation coverage rounding peft-versions torch-versions capabilities torch clean
 .DEFAULT_GOAL := test
 ifndef VERBOSE
 .SILENT:
@@ -92,6 +92,21 @@ rounding: prepare
 	for seed in $(SEEDS); do
 	  echo "-- the SVD, rounded by seed $$seed"
 	  OSORA_ROUNDING=$$seed $(PY) -m pytest -q --no-header -n $(JOBS) --dist worksteal $(ROUNDING_TESTS)
+# Operators, SVD and panels as on a processor with fewer instructions: torch and our loops are held to each capability, MKL
+# (on Intel's processors) and oneDNN to AVX2. `make test` runs test_cpu_paths.py so, too. Left out: what is the same on
+# any processor, and what mostly waits for a compiler.
+CAPABILITIES := default avx2
+CAPABILITY_TESTS := $(addprefix tests/test_,linear.py linear_add.py linear_autograd.py linear_multi.py effective.py sorsa.py \
+  panels.py truncated_svd.py svd_hostile.py)
+CAPABILITY_CASES := not (emulated or cuda or reference or compile or opcheck or saves or memory or refused or plan)
+
+capabilities: $(STAMPS)/strict $(STAMPS)/test
+	export OMP_NUM_THREADS=1 MKL_ENABLE_INSTRUCTIONS=AVX2 ONEDNN_MAX_CPU_ISA=AVX2
+	for capability in $(CAPABILITIES); do
+	  echo "-- capability $$capability"
+	  export ATEN_CPU_CAPABILITY=$$capability
+	  $(PY) tests/processor.py
+	  $(PY) -m pytest -q -n $(JOBS) $(CAPABILITY_TESTS) -k "$(CAPABILITY_CASES)"
 	done
 
 # The tests of osora.peft under the oldest PEFT that is supported and one in between; `make test` runs them under the newest.
