@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 from adapters import adapted
-from helpers import run_python, tiny_llama
+from helpers import tiny_llama
+from processes import run_program
 
 import osora
 from osora import AdapterError, write_card
@@ -105,7 +106,7 @@ def test_a_card_that_cannot_be_read_is_left_as_it_is(saved):
         write_card(saved)
 
 
-def test_a_missing_huggingface_hub_is_named(saved):
+def test_a_missing_huggingface_hub_is_named(saved, tmp_path):
     """By write_card; an adapter is saved without a card then."""
     program = """
 import os
@@ -121,7 +122,7 @@ new = os.path.join(sys.argv[1], "new")
 osora.save_adapter(osora.attach(nn.Sequential(nn.Linear(4, 4)), osora.OsoraConfig(r=1, target_modules=["0"])), new)
 print(sorted(os.listdir(new)))
 """
-    out = run_python(program, saved)
+    out = run_program(tmp_path, program, saved)
     assert "pip install huggingface_hub" in out and "['adapter_config.json', 'adapter_model.safetensors']" in out
 
 

@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 import torch
 from adapters import FILES, adapted, both, described, edit, key, refused
-from helpers import logits, move_adapter, run_python, tiny_bert, tiny_gpt2, tiny_llama, token_ids
+from helpers import logits, move_adapter, tiny_bert, tiny_gpt2, tiny_llama, token_ids
+from processes import run_program
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -71,7 +72,7 @@ for name in ("True", "False"):
     model = osora.load_adapter(helpers.tiny_llama(), sys.argv[1] + "/" + name)
     print(float((helpers.logits(model, ids) - wish).abs().max()))
 """
-    basis, no_basis = map(float, run_python(program, tmp_path).split())
+    basis, no_basis = map(float, run_program(tmp_path, program, tmp_path).split())
     assert basis < 1e-5 and no_basis < 1e-5
 
 

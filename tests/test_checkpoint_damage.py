@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 from adapters import FILES, adapted, both, described, edit, edit_tensors, key, refused
-from helpers import logits, move_adapter, run_python, tiny_llama, token_ids
+from helpers import logits, move_adapter, tiny_llama, token_ids
+from processes import run_program
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -340,7 +341,7 @@ def test_a_model_without_an_adapter_is_not_saved(tmp_path):
     assert not (tmp_path / "new").exists()
 
 
-def test_a_disk_that_is_full(saved):
+def test_a_disk_that_is_full(saved, tmp_path):
     """As files that may not grow, in a process of its own; safetensors has an error of its own for it."""
     pytest.importorskip("resource", reason="this system has no limit of a file's size")
     before = {path.name: path.read_bytes() for path in saved.iterdir()}
@@ -353,7 +354,9 @@ try:
 except OSError as error:
     print(error)
 """
-    assert "adapter_model.safetensors cannot be written, and what was there is left" in run_python(program, saved)
+    assert "adapter_model.safetensors cannot be written, and what was there is left" in run_program(
+        tmp_path, program, saved
+    )
     assert {path.name: path.read_bytes() for path in saved.iterdir()} == before
 
 

@@ -9,9 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 from adapters import FILES, both, described, edit, edit_tensors, key
-from helpers import logits, move_adapter, run_python, tiny_bert, tiny_gpt2, tiny_llama, token_ids
+from helpers import logits, move_adapter, tiny_bert, tiny_gpt2, tiny_llama, token_ids
 from peft import AutoPeftModelForCausalLM, PeftConfig, PeftModel, get_peft_model
 from pefts import OsoraConfig, adapted, layers, move, peft, quiet, tensors
+from processes import run_program
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -109,7 +110,7 @@ for name in ("True", "False"):
     model = peft.PeftModel.from_pretrained(helpers.tiny_llama(), sys.argv[1] + "/" + name)
     print(float((helpers.logits(model, ids) - wish).abs().max()))
 """
-    assert all(float(line) < 1e-5 for line in run_python(program, tmp_path).split()[-2:])
+    assert all(float(line) < 1e-5 for line in run_program(tmp_path, program, tmp_path).split()[-2:])
 
 
 def test_adapters_in_sub_folders(tmp_path):

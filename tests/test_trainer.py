@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import logits, move_adapter, run_python, token_ids
+from helpers import logits, move_adapter, token_ids
+from processes import on_processes, run_program
 from torch import nn
 from training_stacks import assert_small, base, losses, rows, settings, tokenizer
 
@@ -111,7 +112,7 @@ from training_stacks import base
 model = osora.load_adapter(base(), sys.argv[1] + "/last").eval()
 torch.save(model(torch.load(sys.argv[1] + "/ids.pt")).logits.detach(), sys.argv[1] + "/logits.pt")
 """
-    run_python(program, tmp_path)
+    run_program(tmp_path, program, tmp_path)
     assert torch.equal(torch.load(tmp_path / "logits.pt"), logits(model.eval(), ids))
 
 
@@ -235,8 +236,6 @@ def train_accelerate(rank: int, folder: str, precision: str) -> tuple[list, list
 @pytest.mark.parametrize("precision", ["no", "bf16"])
 def test_accelerate_on_two_processes(precision, tmp_path):
     """Which end with the same adapter, that of one process with all rows (and one penalty a step)."""
-    from processes import on_processes
-
     pytest.importorskip("accelerate", reason="accelerate is not installed")
     (ours, loaded), (theirs, also) = on_processes(tmp_path, train_accelerate, str(tmp_path / "adapter"), precision)
     for others in (theirs, loaded, also):
@@ -304,8 +303,6 @@ def resume_accelerate(rank: int, folder: str, config: osora.OsoraConfig | osora.
 @pytest.mark.parametrize("method", CONFIGS)
 def test_accelerate_resumes_on_two_processes(method, tmp_path):
     """To the bit, dropout included, from a checkpoint that holds no frozen weight."""
-    from processes import on_processes
-
     pytest.importorskip("accelerate", reason="accelerate is not installed")
     config = dataclasses.replace(CONFIGS[method], dropout=0.2, tol=1e-4)
     folder, save_basis = tmp_path / "checkpoint", method == "osora"
@@ -355,8 +352,6 @@ def resume_trainer(rank: int, folder: str, config: osora.OsoraConfig | osora.Sor
 
 
 def test_trainer_resumes_on_two_processes(tmp_path):
-    from processes import on_processes
-
     config = dataclasses.replace(CONFIGS["sorsa"], dropout=0.2)
     for whole, resumed in (found := on_processes(tmp_path, resume_trainer, str(tmp_path), config)):
         assert_equal(whole, resumed)
