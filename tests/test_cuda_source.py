@@ -82,6 +82,21 @@ def object_of_the_build(source: Path) -> Path | None:
     return made if strict and new and cards == list(CARDS) else None
 
 
+def test_an_object_of_another_build_does_not_count(tmp_path, monkeypatch):
+    source, made = SOURCES[0], tmp_path / f"CMakeFiles/_C.dir/csrc/cuda/{SOURCES[0].name}.o"
+    monkeypatch.setenv("OSORA_EMULATION_DIR", str(tmp_path / "tests/emulation"))
+    right = "OSORA_CUDA_ARCHS:STRING=8.0;9.0;10.0;12.0+PTX\nOSORA_WERROR:BOOL=ON\nCMAKE_BUILD_TYPE:STRING=Release\n"
+    assert object_of_the_build(source) is None
+    made.parent.mkdir(parents=True)
+    made.touch()
+    for old, new in (("", ""), ("WERROR:BOOL=ON", "WERROR:BOOL=OFF"), (";10.0", ""), ("=Release", "=Debug")):
+        (tmp_path / "CMakeCache.txt").write_text(right.replace(old, new))
+        assert object_of_the_build(source) == (None if old else made)
+    (tmp_path / "CMakeCache.txt").write_text(right)
+    os.utime(made, (0, source.stat().st_mtime - 1))
+    assert object_of_the_build(source) is None
+
+
 def compile_here(source: Path, nvcc: str, target: Path) -> Path:
     command = [nvcc, "-std=c++20", "-O3", "-I", str(ROOT / "csrc"), "-c", str(source), "-o", str(target)]
     command += ["-Werror", "all-warnings", "-Xcompiler", "-Wall,-Wextra,-Werror"]
