@@ -5,6 +5,7 @@
 #   PYTHON=python3                   the interpreter the environment is made from
 #   JOBS=2                           processes that run tests, each with one thread unless a test asks for more
 #   EMULATION=0                      without the CUDA sources compiled for the CPU, and the tests that run them
+#   ISOLATED=1                       `pip install .` as a user types it: pip makes an environment to build in
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .ONESHELL:
@@ -17,13 +18,14 @@ PYTHON ?= python3
 PYTEST_ARGS ?=
 JOBS ?= 2
 EMULATION ?= 1
+ISOLATED ?= 0
 BUILD_TOOLS := 'setuptools>=77' 'pybind11>=2.13' 'cmake>=3.26' 'ninja>=1.11'
 
 PY := $(VENV)/bin/python
 PIP := $(PY) -m pip --disable-pip-version-check install --quiet
 # -v, into a log: pip shows what a build prints only then.
-INSTALL = OSORA_BUILD_DIR=$(BUILD) $(PY) -m pip --disable-pip-version-check install -v --no-build-isolation \
-  --force-reinstall --no-deps .
+INSTALL = $(if $(filter 1,$(ISOLATED)),,OSORA_BUILD_DIR=$(BUILD)) $(PY) -m pip --disable-pip-version-check install -v \
+  $(if $(filter 1,$(ISOLATED)),,--no-build-isolation) --force-reinstall --no-deps .
 STAMPS := $(VENV)/.stamps
 BUILD := $(CURDIR)/build/$(patsubst .%,%,$(notdir $(VENV)))
 NATIVE := $(shell find csrc tests/emulation tests/rounding -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
@@ -59,11 +61,12 @@ test: lint unit
 # Everything but the tests themselves.
 prepare: $(STAMPS)/strict $(STAMPS)/test $(if $(filter 0,$(EMULATION)),,emulation)
 
+# worksteal: a worker that is through takes half of what another has left; until then files and their fixtures stay whole.
 unit: prepare
 	echo "-- pytest"
 	[ "$(EMULATION)" = 0 ] || export OSORA_EMULATION_DIR=$(BUILD)/tests/emulation OSORA_REQUIRE_EMULATION=1
 	export OSORA_REQUIRE_NVCC=$$($(PY) -c 'import osora; print(int(osora.build_info()["cuda"]))')
-	OMP_NUM_THREADS=1 $(PY) -m pytest -n $(JOBS) --dist loadfile $(if $(filter 0,$(EMULATION)),--ignore=tests/test_emulation.py) $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n $(JOBS) --dist worksteal $(if $(filter 0,$(EMULATION)),--ignore=tests/test_emulation.py) $(PYTEST_ARGS)
 
 lint: $(STAMPS)/strict $(STAMPS)/test
 	echo "-- ruff, clang-format, mypy"
@@ -92,11 +95,13 @@ rounding: prepare
 	for seed in $(SEEDS); do
 	  echo "-- the SVD, rounded by seed $$seed"
 	  OSORA_ROUNDING=$$seed $(PY) -m pytest -q --no-header -n $(JOBS) --dist worksteal $(ROUNDING_TESTS)
+	done
+
 # Operators, SVD and panels as on a processor with fewer instructions: torch and our loops are held to each capability, MKL
-# (on Intel's processors) and oneDNN to AVX2. `make test` runs test_cpu_paths.py so, too. Left out: what is the same on
+# (on Intel's processors) and oneDNN to AVX2. Left out: what is the same on
 # any processor, and what mostly waits for a compiler.
 CAPABILITIES := default avx2
-CAPABILITY_TESTS := $(addprefix tests/test_,linear.py linear_add.py linear_autograd.py linear_multi.py effective.py sorsa.py \
+CAPABILITY_TESTS := $(addprefix tests/test_,cpu_paths.py fold.py linear.py linear_add.py linear_autograd.py linear_multi.py effective.py sorsa.py \
   panels.py truncated_svd.py svd_hostile.py)
 CAPABILITY_CASES := not (emulated or cuda or reference or compile or opcheck or saves or memory or refused or plan)
 
@@ -115,27 +120,29 @@ PEFT_FOLDERS := $(PEFT_VERSIONS:%=build/peft-%)
 
 peft-versions: $(PEFT_FOLDERS:%=%/.done)
 	export OSORA_PEFT_FOLDERS=$(subst $(eval ) ,:,$(PEFT_FOLDERS:%=$(CURDIR)/%))
-	$(MAKE) unit PYTEST_ARGS="-m slow --dist load tests/test_peft_versions.py"
+	$(MAKE) unit PYTEST_ARGS="-m slow tests/test_peft_versions.py"
 
 build/peft-%/.done: $(STAMPS)/test
 	rm -rf $(@D)
 	$(PIP) --no-deps --target $(@D) peft==$*
 	touch $@
 
-# What stands on torch, under the oldest that is supported: operators, layers, torch.compile and torch.export around them,
-# the SVD. Each version has an environment of its own, without CUDA; TORCH_VERSIONS='2.11.0 2.12.1' takes more.
-TORCH_VERSIONS := 2.11.0
-TORCH_TESTS := tests/test_linear.py tests/test_linear_add.py tests/test_linear_autograd.py tests/test_linear_multi.py \
-  tests/test_fold.py tests/test_fold_many.py tests/test_decode.py tests/test_effective.py tests/test_sorsa.py \
-  tests/test_sorsa_adapter.py tests/test_ablations.py tests/test_layers.py tests/test_composition.py \
-  tests/test_execution.py tests/test_compiled_model.py tests/test_multi_adapters.py tests/test_truncated_svd.py \
-  tests/test_svd_hostile.py
+# What stands on torch, under another version: operators, layers, torch.compile and torch.export around them, the SVD, the
+# build. Each version has an environment of its own, without CUDA. 2.11.0 is the oldest that is supported.
+TORCH_VERSIONS := 2.11.0 2.13.0
+TORCH_TESTS := $(patsubst %,tests/test_%.py,api build linear linear_add linear_autograd linear_multi fold fold_many decode \
+  effective sorsa sorsa_adapter ablations layers composition execution compiled_model multi_adapters distributed \
+  truncated_svd svd_hostile svd_floor)
+other_torch = OSORA_CUDA=0 $(MAKE) $(1) VENV=.venv-torch-$* TORCH=torch==$* EMULATION=0
 
 torch-versions: $(TORCH_VERSIONS:%=torch-version-%)
 
 torch-version-%:
-	export OSORA_CUDA=0
-	$(MAKE) unit VENV=.venv-torch-$* TORCH=torch==$* EMULATION=0 PYTEST_ARGS="$(TORCH_TESTS)"
+	$(call other_torch,unit) PYTEST_ARGS="$(TORCH_TESTS)"
+
+# Its torch alone: unpacking one takes a core a minute.
+torch-unpacked-%:
+	$(call other_torch,torch)
 
 clean:
 	rm -rf build

@@ -112,6 +112,7 @@ def test_what_is_not_finite_stays_so(dtype):
 
 
 @pytest.mark.skipif("ATEN_CPU_CAPABILITY" in os.environ, reason="this is the run with fewer instructions")
+@pytest.mark.slow  # `make capabilities` runs these files so, in CI too
 @pytest.mark.parametrize("capability", ["avx2", "default"])
 def test_processors_with_fewer_instructions(capability):
     """What a processor without AMX, AVX-512 or AVX2 runs; torch's own variable holds ours back too."""
