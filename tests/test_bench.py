@@ -689,12 +689,17 @@ def test_gpu_check_without_a_gpu_says_so(tmp_path):
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="for machines without a GPU")
 def test_gpu_check_runs_every_stage_whatever_fails(tmp_path):
-    fake = tmp_path / "python"  # says that there is a GPU, and cannot build or test
+    # says that there is a GPU, and cannot build or test; what the benchmarks say for themselves is the next test's
+    fake = tmp_path / "python"
     fake.write_text(
         "#!/bin/sh\n"
         'case "$*" in\n'
         "  *sys.exit*cuda.is_available*) exit 0 ;;\n"
         '  *"-m pip"*|*"-m pytest"*) echo "made to fail"; exit 7 ;;\n'
+        '  "bench/gpu_"*) ;;\n'
+        '  "bench/"*) echo "made to refuse"; exit 1 ;;\n'
+        "esac\n"
+        'case "$*" in\n'
         f'  *) exec "{sys.executable}" "$@" ;;\n'
         "esac\n"
     )
@@ -706,11 +711,27 @@ def test_gpu_check_runs_every_stage_whatever_fails(tmp_path):
     assert codes == {"machine": 0, "build": 7, "tests": 7, "rates": 1, "init": 1, "step": 1, "svd": 1, "linear": 1}
     tails = {record["stage"]: record["tail"] for record in report["stages"]}
     assert "made to fail" in tails["build"] and "made to fail" in tails["tests"]
+    assert all("made to refuse" in tails[name] for name in ("init", "step", "svd", "linear"))
     # The lie about the GPU gives no figure: whoever measures looks for itself.
-    assert report["gpu"] is None
-    assert all("nothing was measured" in tails[name] for name in ("rates", "init", "step", "svd", "linear"))
+    assert report["gpu"] is None and "nothing was measured" in tails["rates"]
     assert not any("measured" in record or "results" in record for record in report["stages"])
     assert str(BENCH.parent) not in json.dumps(report)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="for machines without a GPU")
+def test_gpu_check_calls_each_benchmark_as_it_may_be_called(bench, tmp_path, capsys):
+    """With the words of the script, in this process: a new one takes seconds to start."""
+    script = (BENCH / "gpu_check.sh").read_text(encoding="utf-8")
+    call = r'^\w+\(\) { "\$python" bench/(\w+)\.py --device cuda (.*); }$'
+    calls = dict(re.findall(call, script, flags=re.MULTILINE))
+    assert list(calls) == ["init", "step", "svd", "linear"]
+    for name, words in calls.items():
+        given = words.replace('"$model"', "tiny").replace('"$RESULTS"', str(tmp_path)).split()
+        assert bench(name).main(["--device", "cuda", *given]) == 1
+        assert "nothing was measured" in capsys.readouterr().err
+        program = (BENCH / f"{name}.py").read_text(encoding="utf-8")
+        assert program.endswith('\nif __name__ == "__main__":\n    sys.exit(main())\n')
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("wrong", [("--stages", "machine,nonsense"), ("--output",), ("--nonsense",)])

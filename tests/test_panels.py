@@ -196,7 +196,7 @@ def test_threads_change_rounding_alone(threads, dtype, exponent, rank):
         threads(count)
         results.append(quietly(weight, rank, method="lanczos", tol=1e-5))
         assert results[-1].converged
-        for _ in range(3):
+        for _ in range(1 if count == 1 else 2):
             assert same_bits(results[-1], quietly(weight, rank, method="lanczos", tol=1e-5)), f"{count} threads, again"
         assert torch.get_num_threads() == count
     for other in results[1:]:

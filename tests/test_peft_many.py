@@ -1,11 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """Several adapters in a PEFT model: one after the other, at once, row by row, combined; and SORSA's."""
 
+import importlib
+
 import pytest
 import torch
 from adapters import both
 from helpers import logits, run_python, tiny_gpt2, tiny_llama, token_ids
 from peft import PeftModel, get_peft_model
+from packaging.version import Version
 from pefts import OsoraConfig, adapted, layers, move, peft, quiet, tensors
 from torch import nn
 
@@ -168,7 +171,11 @@ def test_another_method_beside_it_is_refused():
 # -- transformers' own integration -----------------------------------------------------------------------------------
 
 
-@pytest.mark.skipif(tuple(map(int, peft.__version__.split(".")[:2])) < (0, 20), reason="transformers wants PEFT 0.20")
+# transformers 5.24 wants a PEFT that is newer than any which is supported here.
+LEAST_PEFT = importlib.import_module("transformers.integrations.peft").MIN_PEFT_VERSION
+
+
+@pytest.mark.skipif(Version(peft.__version__) < Version(LEAST_PEFT), reason=f"transformers wants PEFT {LEAST_PEFT}")
 @pytest.mark.filterwarnings("ignore:Already found a .peft_config. attribute:UserWarning")
 @both
 def test_transformers_own_integration(save_basis, tmp_path):

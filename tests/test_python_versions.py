@@ -4,6 +4,7 @@ module of the standard library that they import. A version that this machine lac
 """
 
 import ast
+import functools
 import os
 import re
 import shutil
@@ -52,6 +53,7 @@ def run(python: str, program: str, given: str = "") -> list[str]:
     return done.stdout.splitlines()
 
 
+@functools.cache
 def imported(path: Path) -> set[str]:
     nodes = list(ast.walk(ast.parse(path.read_text(encoding="utf-8"))))
     names = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}

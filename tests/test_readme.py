@@ -116,7 +116,9 @@ def test_the_commands_of_the_readme_are_run_by_ci(command):
     if words[0] == "make":
         assert re.search(rf"\b{re.escape(command)}\b", ci), f".ci/run does not run {command}"
     elif words[:2] == ["pip", "install"]:
-        assert words[2:] == ["."] and re.search(r"pip install [^\n]*\s\.\s", ci), f".ci/run does not run {command}"
+        install = re.search(r"^INSTALL = .*\n.*$", text_of(ROOT / "Makefile"), flags=re.MULTILINE)
+        assert words[2:] == ["."] and install and install[0].endswith(" .") and " -m pip " in install[0]
+        assert " ISOLATED=1" in ci, f".ci/run does not run {command}"
     else:  # tests/test_examples.py runs it; here: are these its options?
         assert words[:2] == ["python", "examples/finetune.py"], f"nothing tests {command}"
         for option in (word for word in words if word.startswith("--")):

@@ -141,6 +141,19 @@ def test_values_below_the_floor_are_still_as_exact_as_float64_finds_them(r, meth
     assert ((found.S.double() - truth).abs() / truth)[known].max() < 1e-4
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, DOUBLE], ids=str)
+@pytest.mark.parametrize(
+    "d, k, true_rank, r", [(400, 300, 1, 32), (300, 400, 1, 64), (192, 576, 2, 64), (576, 576, 33, 64)]
+)
+def test_an_exhausted_space_is_not_worked_on(d, k, true_rank, r, dtype):
+    """All there is has been found after a block or two. What rounding leaves of further ones is not taken for more of
+    it, or the basis would lose its orthogonality and the attempt be repeated in float64: 104 passes instead of 28.
+    """
+    weight = (randn(d, true_rank) @ randn(true_rank, k, seed=9)).to(dtype)
+    found = quietly(weight, r, method="lanczos")
+    assert found.converged and found.passes < 40 and found.residuals[:true_rank].max() < 1e-5
+
+
 def test_leading_triplets_keep_their_floor():
     found = quietly((randn(90, 3, seed=1) @ randn(3, 80, seed=2)).float(), 6)
     assert found.below_floor.tolist() == [False] * 3 + [True] * 3

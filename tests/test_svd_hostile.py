@@ -62,11 +62,13 @@ def judge(truth: Truth, found: Decomposition, tol: float) -> None:
         assert (basis.T @ basis - torch.eye(rank, dtype=DOUBLE)).abs().max() < min(1e-5, 32 * epsilon)
     # Rounding U, S, V to the dtype moves W V and U S by half an epsilon of |W| in all, the products by some more. In
     # float64 nothing is wide enough for the squares of YᵀY: W V = U S as well as WᵀU = V S, and no better.
-    left = (exact @ V - U * S).norm(dim=0)
-    assert (left <= 16 * epsilon * norm + (tol * S if dtype == DOUBLE else 0.0)).all(), "W V is not U S"
-
+    # Below the rounding floor both sides are rounding.
     floor = rounding_floor(*exact.shape, dtype) * float(S[0])
     below, reference_size = S <= floor, S.clamp_min(max(floor, 1e-300))
+    left = (exact @ V - U * S).norm(dim=0)
+    rounding = 16 * epsilon * norm + (tol * S if dtype == DOUBLE else 0.0)
+    assert (left <= torch.where(below, max(16 * epsilon * norm, floor), rounding)).all(), "W V is not U S"
+
     residuals = (exact.T @ U - V * S).norm(dim=0) / reference_size
     # The product that measures a residual rounds too: by some epsilons of |W|.
     rounding = 2 * epsilon * norm / reference_size

@@ -47,14 +47,16 @@ inline uint32_t probe_stream(int64_t turn) { return (1u << 31) + 256u * static_c
 
 // z -> orthonormal columns, orthogonal to v [*, *, width] (orthonormal). A column whose projection is no more than
 // rounding, measured by sigma_1 times `norms` [B, 1, columns of z], is replaced by a random one.
-// Dense::cholesky_qr tells how well conditioned its input was: 1 for orthonormal columns, 0 if it was not measured.
+// Dense::cholesky_qr tells how well conditioned its input was: 1 for orthonormal columns, 0 if it was not measured. A
+// projection that leaves little of orthonormal columns leaves rounding in them, and asks for another round ("twice is
+// enough" where it leaves much: Daniel, Gragg, Kaufman, Stewart, Math. Comp. 30, 1976).
 template <class Dense, class Array>
 void orthonormalise(Dense& dense, Array& z, const Array& v, const Array& norms) {
   dense.project_out(z, v);
   dense.drop_noise(z, norms);
   for (int round = 0; round < Dense::kRounds; ++round) {
     if (round > 0) dense.project_out(z, v);
-    if (dense.cholesky_qr(z) > 0.7 && round > 0) return;  // it met orthonormal columns: nothing left to mend
+    if (dense.cholesky_qr(z) > 0.7 && round > 0) return;  // and they were orthonormal before: nothing left to mend
   }
 }
 

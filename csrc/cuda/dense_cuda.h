@@ -128,7 +128,8 @@ class DenseCuda {
   double floor_, noise_;                // of rounding, over sigma_1
   Array keys_, exponents_, frobenius_;  // one number per matrix
   Array failed_;                        // 1 where a solver failed
-  Array sigma_;                         // largest singular value seen by the last Rayleigh-Ritz
+  Array sigma_;                         // largest singular value seen so far
+  bool ritz_ = false;                   // by a Rayleigh-Ritz
   uint32_t draws_ = 0;                  // random streams used so far
 };
 

@@ -43,6 +43,8 @@ DenseCuda::Array DenseCuda::column_norms(const Array& a) const {
 }
 
 void DenseCuda::drop_noise(const Array& z, const Array& norms) {
+  // Until Rayleigh-Ritz tells sigma_1: of all blocks so far, since a block of noise has norms of noise alone.
+  if (!ritz_) raise_to_largest(norms.as<double>(), norms.cols, batch(), sigma_.as<double>(), stream());
   // 16 epsilon: a column at that level is rounding; ten times more stalls convergence, none at all keeps noise.
   unit_columns(z, {16 * epsilon(), sigma_.as<double>(), norms.as<double>()}, random(), nullptr, stream());
 }
@@ -96,6 +98,7 @@ DenseCuda::Eigen DenseCuda::eigen(const Array& gram) const {
 std::pair<DenseCuda::Array, DenseCuda::Array> DenseCuda::gram_eigen(const Array& y) {
   Eigen found = eigen(gram(y));
   sigma_ = found.sigma;
+  ritz_ = true;
   return {found.lambda, found.q};
 }
 

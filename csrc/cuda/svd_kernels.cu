@@ -234,6 +234,18 @@ struct Norms {
   }
 };
 
+struct RaiseToLargest {
+  const double* values;
+  int64_t count;
+  double* out;
+  __device__ void operator()(int64_t b, int64_t) const {
+    double largest = 0;
+    for (int64_t j = threadIdx.x; j < count; j += kThreads) largest = Largest()(values[b * count + j], largest);
+    largest = block_reduce(largest, Largest());
+    if (threadIdx.x == 0) out[b] = Largest()(largest, out[b]);
+  }
+};
+
 // Below the least normal float32 number a column is noise whatever the rule.
 __device__ __forceinline__ double noise_limit(const Noise& noise, int64_t b, int64_t j, int64_t cols) {
   const double scale = noise.scale ? noise.scale[b] : 0;
@@ -337,6 +349,10 @@ void column_norms(const Panel& from, double* out, Stream stream) {
     using T = decltype(type);
     for_columns(Norms<T>{View<const T>(from), out}, from.cols, from.batch, stream);
   });
+}
+
+void raise_to_largest(const double* values, int64_t count, int64_t batch, double* out, Stream stream) {
+  for_columns(RaiseToLargest{values, count, out}, 1, batch, stream);
 }
 
 void unit_columns(const Panel& panel, const Noise& noise, const Random& random, double* lengths, Stream stream) {

@@ -75,6 +75,8 @@ struct Noise {
   const double* scale = nullptr;  // [batch]; may be null: 0
   const double* norms = nullptr;
 };
+// out[b] = the largest of itself and of values [batch, count].
+void raise_to_largest(const double* values, int64_t count, int64_t batch, double* out, Stream stream);
 // Columns to length one; noise, zero and NaN are replaced by random ones. lengths [batch, cols]: before; may be null.
 void unit_columns(const Panel& panel, const Noise& noise, const Random& random, double* lengths, Stream stream);
 

@@ -191,20 +191,22 @@ DenseAten::Array DenseAten::column_norms(const Array& a) {
 }
 
 // One round of Cholesky QR with the Gram matrix in float64, on columns scaled to length one. Returns the smallest
-// diagonal entry of the factor, 1 for orthonormal columns: how well conditioned z was. Falls back to Householder QR
-// where the columns are dependent to working precision.
+// diagonal entry of the factor of z itself, 1 for orthonormal columns: how well conditioned z was and, where z was
+// orthonormal before it was projected, how much of it the projection has left. Falls back to Householder QR where the
+// columns are dependent to working precision.
 double DenseAten::cholesky_qr(Array& z) const {
-  auto scaled = z / column_norms(z).clamp_min(std::numeric_limits<float>::min());
+  const auto lengths = column_norms(z).clamp_min(std::numeric_limits<float>::min());
+  auto scaled = z / lengths;
   auto [L, info] = at::linalg_cholesky_ex(gram_matrix(scaled));
-  const double smallest = L.diagonal(0, 1, 2).min().item<double>();
-  if (info.any().item<bool>() || !(smallest > 64 * epsilon(work_))) {
+  const auto pivots = L.diagonal(0, 1, 2);
+  if (info.any().item<bool>() || !(pivots.min().item<double>() > 64 * epsilon(work_))) {
     z = std::get<0>(at::linalg_qr(z));
     return 0.0;
   }
   const auto identity = at::eye(z.size(2), L.options()).expand_as(L);
   const auto inverse = at::linalg_solve_triangular(L, identity, /*upper=*/false);
   z = osora::product(scaled, inverse.mT().to(work_));
-  return smallest;
+  return (pivots * lengths.squeeze(1)).min().item<double>();
 }
 
 // Replaces the columns marked in `bad` [B, 1, cols] by Gaussian ones.
@@ -229,7 +231,9 @@ DenseAten::Array DenseAten::zero_norms(int64_t count) const { return at::zeros({
 void DenseAten::drop_noise(Array& z, const Array& norms) {
   // 16 epsilon: a column at that level is rounding; ten times more stalls convergence, none at all keeps noise.
   const double level = 16 * epsilon(work_);
-  const auto seen = at::maximum(sigma_, norms.amax(2, true).to(work_));
+  // Of all blocks so far, since a block of noise has norms of noise alone.
+  sigma_ = at::maximum(sigma_, norms.amax(2, true).to(work_));
+  const auto seen = sigma_;
   const auto limit = level * seen * at::maximum(norms.to(work_), level * seen) + std::numeric_limits<float>::min();
   const auto length = column_norms(z);
   const auto bad = length.le(limit);

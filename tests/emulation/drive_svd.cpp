@@ -423,6 +423,12 @@ void ritz(int64_t n, int64_t block, int64_t rank) {
     wish = std::max(wish, size / (value * std::max(value, floor)));
   }
   expect(worst.get(0, 0, 0) == wish && std::isnan(worst.get(1, 0, 0)), "relative sizes");
+  const Array raised = vector_of(Type::kFloat64, 1, batch);
+  raised.fill([](int64_t b, int64_t, int64_t) { return b == 0 ? 0.0 : 7.0; });
+  raise_to_largest(sizes.doubles(), block, batch, raised.doubles(), nullptr);
+  double largest = 0;
+  for (int64_t j = 0; j < block; ++j) largest = std::max(largest, sizes.get(0, 0, j));
+  expect(raised.get(0, 0, 0) == largest && raised.get(1, 0, 0) == 7, "raised to the largest");
   which.count(), values.count();
 }
 
