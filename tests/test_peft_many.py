@@ -7,8 +7,8 @@ import pytest
 import torch
 from adapters import both
 from helpers import logits, run_python, tiny_gpt2, tiny_llama, token_ids
-from peft import PeftModel, get_peft_model
 from packaging.version import Version
+from peft import PeftModel, get_peft_model
 from pefts import OsoraConfig, adapted, layers, move, peft, quiet, tensors
 from torch import nn
 
