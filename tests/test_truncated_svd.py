@@ -383,7 +383,7 @@ def decomposition(S, residuals, floor, **values):
          "use a rank of at most 2 or a larger tol or float64 weights"),
         ([1.0, 0.5, 2e-5], [1e-7, 3e-2, 2e-3], "residual 3.0e-02 at triplet 2 of 3 after 600 passes: "
          "use method='full' or a larger tol"),
-        ([1.0, 0.5, 2e-6], [1e-7, 1e-4, 0.9], "a larger singular value than the last one was seen: "
+        ([1.0, 0.5, 2e-6], [1e-7, 1e-4, 0.9], "a larger singular value than its last was seen, or a solver failed: "
          "use method='full' or another seed"),
         ([1.0, 0.5, 2e-6], [1e-7, 1e-4, 1.1], "residual 1.1e+00 at triplet 3 of 3 after 600 passes: "
          "use method='full' or a larger tol"),

@@ -10,7 +10,7 @@
 namespace osora::core {
 
 // A sum of roundings, each independent and of mean zero, exceeds this many times its root mean square with a
-// probability of 2 exp(-8^2 / 2) = 3e-14 (Higham and Mary, SIAM J. Sci. Comput. 41, 2019, theorem 3.1).
+// probability of 2 exp(-8^2 / 2) = 3e-14 (Higham and Mary, SIAM J. Sci. Comput. 41, 2019).
 constexpr double kSafety = 8;
 
 // Of W [d, k], in units of sigma_1: the root mean square by which products in an arithmetic of this epsilon (the

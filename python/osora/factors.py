@@ -174,7 +174,7 @@ def _reason(item: Decomposition, tol: float) -> tuple[str, str]:
     limits = torch.where(item.below_floor, 1.0, tol)
     missed = (~(item.residuals <= limits)).nonzero().squeeze(1)
     if not len(missed):
-        return "a larger singular value than the last one was seen", "use method='full' or another seed"
+        return "a larger singular value than its last was seen, or a solver failed", "use method='full' or another seed"
     first, worst = int(missed[0]), int(missed[item.residuals[missed].argmax()])
     residual, sigma = float(item.residuals[worst]), float(item.S[worst])
     where = f"residual {residual:.1e} at triplet {worst + 1} of {len(item.S)}"
