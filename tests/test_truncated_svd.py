@@ -65,6 +65,8 @@ def true_residuals(weight, found):
     exact = torch.ldexp(weight.double(), torch.tensor(exponent))
     U, S, V = found.U.double(), torch.ldexp(found.S.double(), torch.tensor(exponent)), found.V.double()
     size = torch.linalg.vector_norm(exact.T @ U - V * S, dim=0)
+    if found.S.dtype == torch.float64:  # both sides: docs/svd.md, "The certificate"
+        size = torch.maximum(size, torch.linalg.vector_norm(exact @ V - U * S, dim=0))
     floor = rounding_floor(*weight.shape, found.S.dtype) * float(S.max())
     return size / S.clamp_min(max(floor, 1e-300))
 

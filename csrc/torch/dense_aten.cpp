@@ -325,6 +325,13 @@ DenseAten::Certificate DenseAten::certify(Array u, Array s, Array v, double tol)
         size = size.index_select(0, order);
       }
     }
+    if (out_ == at::kDouble) {
+      // Nothing is wider than these factors: W v = u s holds no better than the eigenvectors of y^T y, which squares
+      // the condition. So it is measured too.
+      auto left = at::empty(made.u[b].sizes(), options_);
+      weights_[b]->times(made.v[b], left);
+      size = at::maximum(size, at::linalg_vector_norm(left - made.u[b] * stored, 2, at::IntArrayRef{0}));
+    }
     made.stored[b].copy_(stored);
     made.sizes[b].copy_(size);
   }
