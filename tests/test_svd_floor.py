@@ -9,7 +9,6 @@ import torch
 from helpers import tiny_llama
 from test_svd_hostile import cat, judge, truth_of
 from test_truncated_svd import (
-    EPSILON,
     hidden_from_start,
     lanczos_basis,
     quietly,
@@ -215,4 +214,4 @@ def test_such_an_adapter_is_verified(tmp_path, dtype):
 
 
 def test_lanczos_is_tested_here_at_all():
-    assert max(lanczos_basis(r) for r in (8, 12, 17, 24)) <= 130 and EPSILON[torch.float32] == 2.0**-23
+    assert max(lanczos_basis(r) for r in (8, 12, 17, 24)) <= 130
