@@ -23,6 +23,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import loading
 import models
 import torch
 from measure import (
@@ -41,10 +42,11 @@ from spectra import Truth
 from torch import Tensor, nn
 
 from osora import OsoraConfig
-from osora.factors import Decomposition
-from osora.layers import OsoraLinear, oriented_weight
-from osora.patch import batches, decompose_targets
-from osora.targets import Target, find_targets
+from osora.layers import OsoraLinear
+from osora.layers.base_weight import oriented_weight
+from osora.model.decompose import batches, decompose_targets
+from osora.model.targets import Target, find_targets
+from osora.svd.certificate import Decomposition
 
 PEERS = ("osora", "pissa", "pissa_niter_16")
 MAY_BE_SLOW = ("pissa",)
@@ -316,7 +318,7 @@ def show(title: str, summaries: list[dict[str, Any]]) -> None:
 
 def run_dtype(dtype: str, options: argparse.Namespace) -> dict[str, Any]:
     """One dtype: load, check, time, show."""
-    model, known = models.load_known(options.model, dtype, options.device, options.layers, options.rank)
+    model, known = loading.load_known(options.model, dtype, options.device, options.layers, options.rank)
     config = OsoraConfig(r=options.rank, tol=options.tol, seed=options.seed)
     parts = list(batches(find_targets(model, config)))
     count = sum(map(len, parts))

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from osora import reference
-from osora.factors import Decomposition
 from osora.layers import OsoraLinear
+from osora.svd.certificate import Decomposition
 
 PEERS = ("frozen", "op-by-op", "vera", "lora", "hand", "osora")
 OSORA = ("op-by-op", "hand", "osora")  # those that compute OSoRA, and are compared with float64

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 import osora
+from osora import adapted_layers
 from osora.layers import OsoraLinear
-from osora.patch import adapted_layers
 
 PEERS = ("frozen", "osora", "op-by-op", "vera", "lora")
 ABOUT = {

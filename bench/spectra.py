@@ -97,7 +97,7 @@ class Source:
     def blocks(self) -> Any:
         """The model's blocks; Refused with the cure where it cannot be had."""
         if self._blocks is None:
-            model: Any = models.load("smollm2", "float32", "cpu", BLOCK + 1)
+            model: Any = models.load_stored("smollm2", "float32", "cpu", BLOCK + 1)
             self._blocks = model.model.layers
         return self._blocks
 

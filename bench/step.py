@@ -19,6 +19,7 @@ import json
 import sys
 from typing import Any
 
+import loading
 import measure
 import models
 import peers
@@ -27,10 +28,10 @@ from measure import Refused, Run, check_device, console, interleaved, show_bytes
 from peers import ABOUT, PEERS, Peer
 from torch import Tensor, nn
 
+from osora import adapted_layers
 from osora.config import OsoraConfig
-from osora.layers import oriented_weight
-from osora.patch import adapted_layers
-from osora.targets import find_targets
+from osora.layers.base_weight import oriented_weight
+from osora.model.targets import find_targets
 
 # Largest relative error (norm of all of them together) of the gradients of o and of s; a tenth of it for the loss. A
 # 16-bit model rounds every activation; how far its gradients are off is measured on plain torch too, and osora's may
@@ -124,7 +125,7 @@ def make_tokens(base: nn.Module, options: argparse.Namespace) -> Tensor:
 def child(options: argparse.Namespace) -> int:
     """Peak memory of one peer: prints one line of JSON."""
     (name,), (dtype,) = options.peers, options.dtype
-    base = models.load(options.model, dtype, options.device, options.layers)
+    base = loading.load(options.model, dtype, options.device, options.layers)
     peer = peers.make([name], base, options.rank, options.seed, options.peft_float32)[name]
     step = Step(peer, make_tokens(base, options))
     del base
@@ -148,7 +149,7 @@ def memory(name: str, dtype: str, options: argparse.Namespace) -> dict[str, Any]
 
 def run_dtype(dtype: str, options: argparse.Namespace) -> dict[str, Any]:
     """One dtype: load, check, count, time, show."""
-    base = models.load(options.model, dtype, options.device, options.layers)
+    base = loading.load(options.model, dtype, options.device, options.layers)
     tokens = make_tokens(base, options)
     # osora and its twin are always there, for the check.
     names = [name for name in PEERS if name in {*options.peers, "osora", "op-by-op"}]

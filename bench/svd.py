@@ -52,13 +52,15 @@ from spectra import Matrices, Truth
 from torch import Tensor
 
 import osora
-from osora.factors import METHODS, Decomposition, decompose
+from osora.svd.arguments import SVD_METHODS
+from osora.svd.certificate import Decomposition
+from osora.svd.truncated import decompose
 
 LOWRANK = {"lowrank-4": (1.0, 4), "lowrank-16": (1.0, 16), "lowrank-1.5r-4": (1.5, 4), "lowrank-1.5r-16": (1.5, 16)}
 PACKAGES = {"sklearn": ("sklearn", "scikit-learn"), "scipy": ("scipy", "scipy")}  # what to import, what to install
 DRIVERS = ("gesvdr", "gesvda", "gesvdj", "gesvdp", "gesvd")
 PEERS = ("svd", *LOWRANK, *PACKAGES, *DRIVERS)
-OWN = tuple(method for method in METHODS if method not in DRIVERS)
+OWN = tuple(method for method in SVD_METHODS if method not in DRIVERS)
 DTYPES = {**models.DTYPES, "float64": torch.float64}
 
 # osora's singular values may be off by 100 tol² (an error of second order, over a gap of a hundredth or more between
@@ -220,7 +222,7 @@ def absence(name: str, weight: Tensor, rank: int) -> str | None:
     if name in DRIVERS:
         if not on_gpu:
             return "needs --device cuda"
-        if name not in METHODS:
+        if name not in SVD_METHODS:
             return f"this osora has no method {name}"
     if name in LOWRANK and round(LOWRANK[name][0] * rank) > smaller:
         return f"needs {round(LOWRANK[name][0] * rank)} columns, there are {smaller}"

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Questions and answers in batches, with a loss on the answer alone. Reading them: osora.finetuning.rows."""
+"""Questions and answers in batches, with a loss on the answer alone. Reading them: osora.finetuning.data."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor, nn
 
-from osora.finetuning.rows import DataError, Example, Row, encode_all, parse_row, read_jsonl
+from osora.finetuning.data import DataError, Example, Row, encode_all, parse_row, read_jsonl
 
 __all__ = ["DataError", "Example", "Row", "answer_loss", "batches", "collate", "encode_all"]
 __all__ += ["parse_row", "read_jsonl", "split"]

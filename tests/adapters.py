@@ -11,7 +11,8 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import osora
-from osora import AdapterError, OsoraConfig, fingerprint, load_adapter
+from osora import AdapterError, OsoraConfig, load_adapter
+from osora.files import fingerprint
 
 FILES = ["adapter_config.json", "adapter_model.safetensors"]
 both = pytest.mark.parametrize("save_basis", [True, False], ids=["basis", "no basis"])

@@ -37,7 +37,7 @@ def rounding() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as change:
         if seed := os.environ.get("OSORA_ROUNDING"):
             change.setenv("OSORA_REQUIRE_EMULATION", "1")
-            change.setattr("osora.factors._ops", OtherRounding(int(seed)))
+            change.setattr("osora.svd.truncated.operators", OtherRounding(int(seed)))
         yield
 
 

@@ -29,7 +29,7 @@ def adapted(make=tiny_llama, name: str = "default", **config) -> nn.Module:
 def move(model: nn.Module, name: str = "default", step: float = 0.05) -> nn.Module:
     with torch.no_grad():
         for layer in layers(model):
-            if name in layer.has:
+            if name in layer.adapters:
                 for parameter in layer.deltas(name):
                     parameter.normal_(std=step)
     return model
@@ -43,7 +43,7 @@ def tensors(model: nn.Module, name: str = "default") -> dict[str, Tensor]:
     """Everything of an adapter, by layer and kind."""
     found = {}
     for layer in layers(model):
-        if name in layer.has:
+        if name in layer.adapters:
             U, V, _ = layer.basis(name)
             found |= {f"{layer.name}.{kind}": t for kind, t in (layer.values(name) | {"U": U, "V": V}).items()}
     return found

@@ -8,7 +8,7 @@ import torch
 from helpers import tiny_llama
 from torch import nn
 
-from osora.bases import dense_weight, is_quantised
+from osora.layers.base_weight import dense_weight, is_quantised
 
 KINDS = ("nf4", "fp4", "int8")
 

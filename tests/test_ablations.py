@@ -11,10 +11,11 @@ from precision import DTYPES, accumulate, assert_within
 from torch import Tensor, nn
 
 import osora
-from osora import OsoraConfig, ops_ablations
-from osora.formulas import OsoraFormula
-from osora.layers import AdaptedLinear, oriented_weight
-from osora.patch import adapted_layers
+from osora import OsoraConfig, adapted_layers
+from osora.layers import AdaptedLinear
+from osora.layers.base_weight import oriented_weight
+from osora.layers.formulas import OsoraFormula
+from osora.ops import ablations
 
 every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=[str(dtype).removeprefix("torch.") for dtype in DTYPES])
 every_model = pytest.mark.parametrize("make", [tiny_llama, tiny_gpt2], ids=["llama", "gpt2"])
@@ -102,7 +103,7 @@ def test_gradcheck(side):
 
 
 def test_more_rows_than_one_part(monkeypatch):
-    monkeypatch.setattr(ops_ablations, "_ROWS", 3)
+    monkeypatch.setattr(ablations, "_ROWS", 3)
     test_against_float64((7,), 0.0, "input", torch.bfloat16)
     test_against_float64((7,), 0.0, "output", torch.bfloat16)
 
@@ -243,7 +244,7 @@ def test_saved_and_loaded(save_basis, options, tmp_path):
     other = osora.load_adapter(tiny_llama(), tmp_path)
     assert torch.equal(logits(other, ids), logits(model, ids))
     names = lambda m: [n for n, p in m.named_parameters() if p.requires_grad]  # noqa: E731
-    assert names(other) == names(model) and osora.patch.state_of(other).current.config == config(**options)
+    assert names(other) == names(model) and osora.model.state.state_of(other).current.config == config(**options)
 
 
 def test_beside_each_other():

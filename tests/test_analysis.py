@@ -11,7 +11,7 @@ from helpers import move_adapter, tiny_bert, tiny_gpt2, tiny_llama, token_ids
 from safetensors.torch import save_file
 
 import osora
-from osora.weights import Weights
+from osora.analysis.weights import Weights
 
 # Two decompositions in float64, each with residuals of at most 1e-8, of matrices whose relative gaps are above 1e-3:
 # vectors within 1e-5, so cosines near 1 within 1e-10, and other overlaps within 1e-5.
@@ -168,7 +168,7 @@ def test_an_adapter_is_compared_with_its_base(make, config):
     """Now, merged, against a copy and against a state_dict: always the same numbers, to the rounding of merging."""
     original, model = make(), make()
     move_adapter(osora.attach(model, config(r=4)))
-    found = osora.weight_changes(model, rank=4, modules=list(names := [*osora.patch.adapted_layers(model)]))
+    found = osora.weight_changes(model, rank=4, modules=list(names := [*osora.adapted_layers(model)]))
     assert [change.name for change in found] == names and all(change.sigma > 0 for change in found)
     for name, change in zip(names, found, strict=True):
         layer = model.get_submodule(name)

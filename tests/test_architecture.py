@@ -3,6 +3,7 @@
 
 import ast
 import re
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -11,50 +12,215 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "python/osora"
 CSRC = ROOT / "csrc"
 
-# A module imports from its own line or from lines above it, never from below. `reference` stands on nothing.
-LAYERS = [
-    {"reference", "_compiled_for"},
-    {"_C", "files"},
-    {"_load"},
-    {"ops"},
-    {"ops_ablations", "ops_sorsa", "ops_effective"},
-    {"factors", "spectrum", "config", "fingerprint", "adapter_file", "formulas", "rows", "materialised"}
-    | {"quantised", "bases"},
-    {"adapted", "layers", "card", "evidence", "saved", "targets", "regularizer", "stream", "schedule"},
-    {"adapters", "checkpoint", "distributed", "estimate", "execution", "merge", "patch", "summary", "training"},
-    {"base_folder", "counts", "export", "merge_saved", "resume", "sharing", "verify", "weights"},
-    {"__main__", "analysis", "cli", "finetuning", "peft", "plots", "trainer"},
-]
-LEAVES = LAYERS[-1]
-LEVEL = {module: level for level, layer in enumerate(LAYERS) for module in layer}
-TORCH_HEADERS = {"torch/all.h", "torch/extension.h", "torch/library.h", "torch/torch.h"}
-OPTIONAL = {"accelerate", "bitsandbytes", "datasets", "matplotlib", "peft", "transformers", "trl"}
-AT_HOME = {"quantised": {"bitsandbytes"}}  # inside functions, for layers that are bitsandbytes' own
-MODULES = sorted(path.stem for path in PACKAGE.glob("*.py") if path.stem not in ("__init__", "_compiled_for"))
+# -- Python ----------------------------------------------------------------------------------------------------------
 
-PACKAGES = {path.parent.name for path in PACKAGE.glob("*/__init__.py")}
+# From the ground to the roof: a module imports from its own room, or from one on a floor above it in this list.
+# CONTRIBUTING.md has a line about each. "" is osora itself.
+FLOORS = [
+    {"config", "reference", "_load", "_compiled_for", "_C"},
+    {"ops"},
+    {"svd"},
+    {"layers"},
+    {"model"},
+    {"files"},
+    {"analysis", "peft", "trainer"},
+    {""},
+    {"finetuning"},
+    {"cli"},
+    {"__main__"},
+]
+FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
+ROOF = {"finetuning", "cli", "__main__"}  # what may say `import osora`
+
+OPTIONAL = {"accelerate", "bitsandbytes", "datasets", "huggingface_hub", "matplotlib", "peft", "transformers", "trl"}
+MAY_NEED = {
+    "peft": OPTIONAL,
+    "trainer": OPTIONAL,
+    "finetuning": OPTIONAL,
+    "cli": OPTIONAL,
+    "analysis.changes": {"transformers"},  # for a TrainerCallback, when one is asked for
+    "analysis.plots": {"matplotlib"},
+    "layers.quantised": {"bitsandbytes"},
+    "files.card": {"huggingface_hub"},
+}
+
+MODULES = {
+    ".".join(path.relative_to(PACKAGE).with_suffix("").parts).removesuffix(".__init__").replace("__init__", ""): path
+    for path in sorted(PACKAGE.rglob("*.py"))
+    if path.name != "_compiled_for.py"
+}
+PACKAGES = {name for name, path in MODULES.items() if path.name == "__init__.py" and name}
+OUTSIDE = sorted(path for folder in ("bench", "examples", "tests") for path in (ROOT / folder).rglob("*.py"))
+
+
+def room(module: str) -> str:
+    return module.split(".")[0]
+
+
+def for_types_only(tree: ast.AST) -> set[ast.AST]:
+    """What stands below `if TYPE_CHECKING:`."""
+    found: set[ast.AST] = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.If) and isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING":
+            found |= {each for statement in node.body for each in ast.walk(statement)}
+    return found
+
+
+@cache
+def imports(path: Path, types: bool = True) -> list[tuple[str, str]]:
+    """(module, name) of every import in a file, inside functions too; the name is "" for `import module`."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    left_out = set() if types else for_types_only(tree)
+    found: list[tuple[str, str]] = []
+    for node in ast.walk(tree):
+        if node in left_out:
+            continue
+        if isinstance(node, ast.Import):
+            found += [(alias.name, "") for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert not node.level, f"{path.relative_to(ROOT)}: a relative import hides which room it is from"
+            found += [(str(node.module), alias.name) for alias in node.names]
+    return found
+
+
+def own_imports(path: Path, types: bool = True) -> set[str]:
+    """The modules of osora that a file imports, "" for osora itself; a package's name is its `__init__`."""
+    found = set()
+    for module, name in imports(path, types):
+        if module != "osora" and not module.startswith("osora."):
+            continue
+        inside = module.removeprefix("osora").removeprefix(".")
+        longer = f"{inside}.{name}".removeprefix(".")
+        known = longer in MODULES or longer in FLOOR  # `from osora import reference`, `from osora import _C`
+        found.add(longer if name and known else inside)
+    return found
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_imports_go_one_way(module):
+    """Rule 1."""
+    assert room(module) in FLOOR, f"{module} has no place in FLOORS: say where it stands"
+    for other in own_imports(MODULES[module]):
+        if room(other) != room(module):
+            assert FLOOR[room(other)] < FLOOR[room(module)], f"{module} imports {other or 'osora'}, a floor above it"
+
+
+def circles(graph: dict[str, set[str]]) -> set[str]:
+    """The nodes that are left when those without arrows to others are taken away again and again."""
+    graph = {node: others & graph.keys() - {node} for node, others in graph.items()}
+    while free := {node for node, others in graph.items() if not others & graph.keys()}:
+        graph = {node: others for node, others in graph.items() if node not in free}
+    return set(graph)
+
+
+def test_no_modules_import_each_other():
+    """Rule 2, of osora and of its packages; imports for annotations do not count."""
+    found = circles({module: own_imports(path, types=False) for module, path in MODULES.items()})
+    assert not found, f"these import each other: {sorted(found)}"
+
+
+@pytest.mark.parametrize("folder", ["bench", "examples", "tests"])
+def test_no_scripts_import_each_other(folder):
+    """Rule 2, where modules find each other by their place on sys.path."""
+    files = {path.stem: path for path in OUTSIDE if path.is_relative_to(ROOT / folder)}
+    found = circles({name: {module for module, _ in imports(path, types=False)} for name, path in files.items()})
+    assert not found, f"these import each other: {sorted(found)}"
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_osora_itself_is_imported_by_the_roof_alone(module):
+    """Rule 3."""
+    if room(module) not in ROOF:
+        assert "" not in own_imports(MODULES[module]), f"{module} imports osora itself: name the module it wants"
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_optional_packages_have_their_places(module):
+    """Rule 4."""
+    allowed = MAY_NEED.get(room(module), set()) | MAY_NEED.get(module, set())
+    found = {name.split(".")[0] for name, _ in imports(MODULES[module])} & OPTIONAL - allowed
+    assert not found, f"{module} imports {found}"
+
+
+def is_private(name: str) -> bool:
+    return name.startswith("_") and not name.startswith("__")
+
+
+def private_names(path: Path) -> set[str]:
+    """Names with an underscore that a file takes from a module of osora: imported, as attributes, or in strings."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    taken, bound = set(), {}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and str(node.module).split(".")[0] == "osora":
+            inside = str(node.module).removeprefix("osora").removeprefix(".")
+            for alias in node.names:
+                module = f"{inside}.{alias.name}".removeprefix(".")
+                if module in MODULES:
+                    bound[alias.asname or alias.name] = module
+                elif is_private(alias.name):
+                    taken.add(f"{inside}.{alias.name}".removeprefix("."))
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+            for module, name in re.findall(r"\bosora\.([a-z_.]+)\.(_[a-z]\w*)", node.value):
+                taken |= {f"{module}.{name}"} if module in MODULES else set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and is_private(node.attr):
+            if node.value.id in bound:
+                taken.add(f"{bound[node.value.id]}.{node.attr}")
+    return taken
+
+
+@pytest.mark.parametrize("path", [*MODULES.values(), *OUTSIDE], ids=lambda path: str(path.relative_to(ROOT)))
+def test_private_names_stay_in_their_rooms(path):
+    """Rule 5."""
+    own = room(".".join(path.relative_to(PACKAGE).parts)) if path.is_relative_to(PACKAGE) else None
+    found = {name for name in private_names(path) if room(name) != own}
+    assert not found, f"{path.relative_to(ROOT)} takes {found}"
+
+
+def test_modules_and_public_functions_do_not_share_a_name():
+    """Rule 5: `osora.merge` is one thing."""
+    tree = ast.parse((PACKAGE / "__init__.py").read_text(encoding="utf-8"))
+    public = {alias.name for node in tree.body if isinstance(node, ast.ImportFrom) for alias in node.names}
+    assert not public & (MODULES.keys() - {"ops"})
+
+
+@pytest.mark.parametrize("package", sorted(PACKAGES - {"cli"}))
+def test_a_package_says_only_what_is_in_it(package):
+    """Rule 5: its `__init__` defines nothing. osora.peft also registers its methods."""
+    body = ast.parse(MODULES[package].read_text(encoding="utf-8")).body
+    defined = [node for node in body if isinstance(node, ast.FunctionDef | ast.ClassDef | ast.AsyncFunctionDef)]
+    assert not defined, f"{package}/__init__.py defines {[node.name for node in defined]}"
+
+
+def test_the_map_has_every_room():
+    """CONTRIBUTING.md opens with a line for each, in this order."""
+    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    table = text[text.index("| in `python/osora` |") : text.index("| in `csrc` |")]
+    rows = re.findall(r"^\| `([a-z]+)(?:\.py|/)` \|", table, flags=re.MULTILINE)
+    rooms = [name for rooms in FLOORS for name in sorted(rooms) if name and not name.startswith("_")]
+    assert sorted(rows) == sorted(rooms)
+    assert [FLOOR[name] for name in rows] == sorted(FLOOR[name] for name in rows)
+
+
+LONG = {"reference.py"}  # the specification, in one piece
+
+
+def test_no_file_is_long():
+    for path in [*MODULES.values(), *sources("*.h", "*.cpp", "*.cu", "*.cuh"), *ROOT.glob("bench/*.py")]:
+        lines = len(path.read_text(encoding="utf-8").splitlines())
+        assert lines <= 400 or path.name in LONG, f"{path.relative_to(ROOT)} has {lines} lines"
+    for path in ROOT.glob("tests/**/*.py"):
+        lines = len(path.read_text(encoding="utf-8").splitlines())
+        assert lines <= 500, f"{path.relative_to(ROOT)} has {lines} lines: split it by idea"
+
+
+# -- C++ -------------------------------------------------------------------------------------------------------------
+
+TORCH_HEADERS = {"torch/all.h", "torch/extension.h", "torch/library.h", "torch/torch.h"}
 
 
 def sources(*patterns: str, under: Path = CSRC) -> list[Path]:
     return sorted(path for pattern in patterns for path in under.rglob(pattern))
-
-
-def imports(module: str) -> set[str]:
-    """Full names of everything a module imports, inside functions too; `from a import b` gives a and a.b."""
-    names: set[str] = set()
-    for node in ast.walk(ast.parse((PACKAGE / f"{module}.py").read_text(encoding="utf-8"))):
-        if isinstance(node, ast.Import):
-            names |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom):
-            base = "osora" if node.level else ""
-            origin = ".".join(part for part in (base, node.module or "") if part)
-            names |= {origin} | {f"{origin}.{alias.name}" for alias in node.names}
-    return names
-
-
-def own_imports(module: str) -> set[str]:
-    known = set(MODULES) | PACKAGES | {"_C", "_compiled_for"}
-    return {name.split(".")[1] for name in imports(module) if name.startswith("osora.")} & known
 
 
 def without_comments(text: str) -> str:
@@ -71,33 +237,6 @@ def is_torch(header: str) -> bool:
 
 def is_cuda(header: str) -> bool:
     return header.startswith(("cuda", "cublas", "cusolver", "cub/", "thrust/", "cooperative_groups", "library_types"))
-
-
-@pytest.mark.parametrize("module", MODULES)
-def test_python_imports_go_one_way(module):
-    assert module in LEVEL, f"{module}.py has no place in LAYERS: say where it stands"
-    for other in own_imports(module):
-        assert LEVEL.get(other, 0) <= LEVEL[module], f"{module} imports {other}, which stands above it"
-
-
-def test_python_imports_have_no_cycle():
-    graph = {module: own_imports(module) - {module} for module in MODULES}
-    while free := {module for module in graph if not graph[module] & graph.keys()}:
-        for module in free:
-            del graph[module]
-    assert not graph, f"these import each other: {graph}"
-
-
-def test_nothing_imports_a_leaf():
-    for module in MODULES:
-        if module not in LEAVES:
-            assert not own_imports(module) & LEAVES, f"{module} imports a leaf"
-
-
-@pytest.mark.parametrize("module", [module for module in MODULES if module not in LEAVES])
-def test_optional_packages_are_imported_in_leaves_alone(module):
-    found = {name.split(".")[0] for name in imports(module)} & OPTIONAL - AT_HOME.get(module, set())
-    assert not found, f"{module} imports {found}; only {sorted(LEAVES)} may"
 
 
 def test_torch_headers_are_in_one_folder():

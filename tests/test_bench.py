@@ -16,8 +16,8 @@ import pytest
 import torch
 
 import osora
-from osora import patch
-from osora.targets import find_targets
+from osora.model import attach as patch
+from osora.model.targets import find_targets
 
 for package in ("peft", "rich", "transformers"):
     pytest.importorskip(package)
@@ -119,7 +119,7 @@ def test_init_refuses_a_wrong_answer(bench, tmp_path, capsys, monkeypatch, spoil
 @pytest.fixture
 def small_llama(bench, monkeypatch):
     """Llama-3-8B's layers at a 64th of their widths: 64x64, 16x64, 224x64 and 64x224."""
-    monkeypatch.setattr(bench("models"), "LLAMA_SCALE", 64)
+    monkeypatch.setattr(bench("loading"), "LLAMA_SCALE", 64)
 
 
 def llama(output, *more):
@@ -128,8 +128,8 @@ def llama(output, *more):
 
 @pytest.mark.parametrize("dtype, sigma, sine", [("float32", 1e-6, 1e-4), ("bfloat16", 1e-12, 1e-9)])
 def test_the_known_model_is_what_it_says(bench, small_llama, dtype, sigma, sine):
-    models = bench("models")
-    model, truth = models.load_known("llama3-8b-layers", dtype, "cpu", None, 8)
+    loading = bench("loading")
+    model, truth = loading.load_known("llama3-8b-layers", dtype, "cpu", None, 8)
     targets = {target.name: target.module.weight for target in find_targets(model, osora.OsoraConfig(r=8))}
     assert list(targets) == list(truth) and len(truth) == 14
     for name, weight in targets.items():
@@ -145,9 +145,9 @@ def test_the_known_model_is_what_it_says(bench, small_llama, dtype, sigma, sine)
     # A model like any other, and the same one without its truth.
     tokens = torch.arange(6)[None]
     assert bool(model(tokens).logits.isfinite().all())
-    plain = models.load("llama3-8b-layers", dtype, "cpu")
+    plain = loading.load("llama3-8b-layers", dtype, "cpu")
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), plain.parameters(), strict=True))
-    assert len(models.load_known("llama3-8b-layers", dtype, "cpu", 1, 8)[1]) == 7
+    assert len(loading.load_known("llama3-8b-layers", dtype, "cpu", 1, 8)[1]) == 7
 
 
 def test_the_known_model_has_the_shapes_of_llama(bench, monkeypatch):
@@ -158,7 +158,7 @@ def test_the_known_model_has_the_shapes_of_llama(bench, monkeypatch):
         return spectra.Matrices(torch.zeros(1).expand(batch, d, k), [None], "")
 
     monkeypatch.setattr(spectra, "make", make)
-    model, truth = bench("models").load_known("llama3-8b-layers", "float32", "cpu", None, 64)
+    model, truth = bench("loading").load_known("llama3-8b-layers", "float32", "cpu", None, 64)
     query, key = ("query", 4096, 4096, 1, 64), ("query", 1024, 4096, 1, 64)
     gate, down = ("gate", 14336, 4096, 1, 64), ("down", 4096, 14336, 1, 64)
     assert made == 2 * [query, key, key, query, gate, gate, down]
@@ -291,8 +291,8 @@ def test_init_refuses_an_answer_that_is_not_the_known_one(
 
 
 def test_init_refuses_where_what_was_known_is_wrong(bench, tmp_path, capsys, monkeypatch, small_llama):
-    models = bench("models")
-    right = models.load_known
+    loading = bench("loading")
+    right = loading.load_known
 
     def wrong(*arguments):
         model, truth = right(*arguments)
@@ -300,7 +300,7 @@ def test_init_refuses_where_what_was_known_is_wrong(bench, tmp_path, capsys, mon
         truth[name] = dataclasses.replace(truth[name], S=truth[name].S * (1 + 2e-5))
         return model, truth
 
-    monkeypatch.setattr(models, "load_known", wrong)
+    monkeypatch.setattr(loading, "load_known", wrong)
     shown = refused_by_known_truth(bench, tmp_path, capsys, monkeypatch)
     assert "model.layers.1.mlp.down_proj: a singular value is off by 2.0e-05" in shown
 

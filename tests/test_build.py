@@ -167,9 +167,9 @@ def test_the_installed_package_requires_its_torch():
 
 
 def test_another_torch_is_refused_in_one_sentence():
-    _load._check_torch("2.14.0+cpu", "2.14.1+cu130")
+    _load.check_torch("2.14.0+cpu", "2.14.1+cu130")
     with pytest.raises(ImportError, match=r"compiled for torch 2\.13, but torch 2\.14\.1 is installed: .*pip install"):
-        _load._check_torch("2.13.0", "2.14.1")
+        _load.check_torch("2.13.0", "2.14.1")
 
 
 def import_copy(tmp_path: Path, change) -> str:

@@ -19,8 +19,8 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import osora
-from osora import OsoraConfig, checkpoint, load_adapter, save_adapter
-from osora.patch import adapted_layers
+from osora import OsoraConfig, adapted_layers, load_adapter, save_adapter
+from osora.files import adapter as checkpoint
 
 
 def state(model: nn.Module) -> dict[str, Tensor]:

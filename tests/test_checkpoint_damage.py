@@ -12,8 +12,8 @@ from processes import run_program
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from osora import AdapterError, SorsaConfig, adapter_file, attach, load_adapter, save_adapter
-from osora.patch import adapted_layers
+from osora import AdapterError, SorsaConfig, adapted_layers, attach, load_adapter, save_adapter
+from osora.files import format as adapter_file
 
 
 class Shared(nn.Module):

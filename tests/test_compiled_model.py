@@ -7,7 +7,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 import osora
-from osora.patch import adapted_layers
+from osora import adapted_layers
 
 
 def compiled() -> nn.Module:

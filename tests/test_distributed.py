@@ -16,9 +16,9 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 import osora
-from osora.factors import Decomposition
+from osora import adapted_layers
 from osora.layers import OsoraLinear
-from osora.patch import adapted_layers
+from osora.svd.certificate import Decomposition
 
 HALF = MixedPrecisionPolicy(param_dtype=torch.bfloat16)
 

@@ -14,7 +14,8 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.nn.functional import linear as torch_linear
 from torch.utils.checkpoint import checkpoint
 
-from osora import ops, ops_effective, reference
+from osora import ops, reference
+from osora.ops import materialised
 
 every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=[str(dtype).removeprefix("torch.") for dtype in DTYPES])
 ROWS = [(), (1,), (7,), (0,), (2, 3), (3, 0), (2, 2, 1, 3)]
@@ -36,7 +37,7 @@ def effective(case: Linear, dtype: torch.dtype | None = None) -> Tensor:
     """The W_eff that a call makes: the rows of x are unit vectors."""
     k = case.weight.shape[1]
     x = torch.eye(k, dtype=dtype or case.weight.dtype)
-    return ops_effective.linear_effective(x, case.weight, None, *sources(case)[1:]).detach().t()
+    return materialised.linear_materialised(x, case.weight, None, *sources(case)[1:]).detach().t()
 
 
 def check_effective(got: Tensor, case: Linear) -> None:
@@ -86,8 +87,8 @@ def test_the_gradients_of_s_and_o_are_those_of_split(dtype):
 def test_the_weight_is_rounded_once(k, d, r, dtype):
     """The last one is summed in two blocks of rows in 16 bits."""
     case = linear_case((1,), k, d, r, dtype, bias=False)
-    ops_effective.refresh(*sources(case))
-    (kept,) = ops_effective.kept(case.weight, case.o)
+    materialised.refresh(*sources(case))
+    (kept,) = materialised.kept(case.weight, case.o)
     check_effective(kept, case)
 
 
@@ -97,7 +98,7 @@ def test_zero_deltas_are_the_base_bit_for_bit(dtype):
     case = linear_case((1,), 65, 70, 3, dtype, step=0.0)
     for rows in [(1,), (5,), (64,), (1, 7), ()]:
         x = torch.randn(*rows, 65, dtype=torch.float64).to(dtype)
-        y = ops_effective.linear_effective(*case.replace(x=x).arguments)
+        y = materialised.linear_materialised(*case.replace(x=x).arguments)
         assert torch.equal(y, torch_linear(x, case.weight, case.bias))
 
 
@@ -109,13 +110,13 @@ def test_strided_sources(dtype):
     inside[:, 3:27] = case.weight
     for weight in (case.weight.t().contiguous().t(), inside[:, 3:27]):
         moved = case.replace(weight=weight)
-        y = ops_effective.linear_effective(*moved.arguments)
+        y = materialised.linear_materialised(*moved.arguments)
         wish = expected_linear(case)
         allowed = (TOLERANCE[dtype] + unit(dtype)) * wish.size["y"] + 256 * half_of_least(dtype)
         assert_within(y, wish.value["y"], allowed)
-        (kept,) = ops_effective.kept(weight, case.o)
+        (kept,) = materialised.kept(weight, case.o)
         check_effective(kept, moved)
-    assert ops_effective.kept(inside, case.o)[0].is_contiguous()
+    assert materialised.kept(inside, case.o)[0].is_contiguous()
 
 
 def test_small_changes_drown_in_bfloat16():
@@ -161,16 +162,16 @@ def test_it_is_made_once_for_micro_batches_and_both_directions():
 
     def step() -> None:
         for _ in range(3):
-            ops_effective.linear_effective(*case.arguments).sum().backward()
+            materialised.linear_materialised(*case.arguments).sum().backward()
 
     assert products(step) == 1
-    (kept,) = ops_effective.kept(case.weight, case.o)
+    (kept,) = materialised.kept(case.weight, case.o)
     address = kept.data_ptr()
     assert products(step) == 0
     with torch.no_grad():
         case.o.add_(0.1)
     assert products(step) == 1
-    (kept,) = ops_effective.kept(case.weight, case.o)
+    (kept,) = materialised.kept(case.weight, case.o)
     assert kept.data_ptr() == address, "the storage is used again"
     check_effective(kept, case.map(Tensor.detach))
 
@@ -180,7 +181,7 @@ def test_it_is_made_once_for_micro_batches_and_both_directions():
 @pytest.mark.parametrize("how", ["in place", "another tensor", "part of it", "through a view", "another storage"])
 def test_every_change_of_a_source_is_seen(how, name, dtype):
     case = linear_case((3,), dtype=dtype, bias=False)
-    ops_effective.linear_effective(*case.arguments)
+    materialised.linear_materialised(*case.arguments)
     source = getattr(case, name)
     if how == "in place":
         source.mul_(1.5)
@@ -215,7 +216,7 @@ def test_versions_that_meet_again():
     first, second = torch.randn(20), torch.randn(20)
     for o in (first, second, first, second):
         check_effective(effective(case.replace(o=o)), case.replace(o=o))
-    assert len(ops_effective.kept(case.weight, first)) == len(ops_effective.kept(case.weight, second)) == 1
+    assert len(materialised.kept(case.weight, first)) == len(materialised.kept(case.weight, second)) == 1
 
 
 def test_optimisers_are_seen():
@@ -225,7 +226,7 @@ def test_optimisers_are_seen():
             optimizer = kind([case.s, case.o], lr=0.1, **options)
             for _ in range(2):
                 optimizer.zero_grad()
-                ops_effective.linear_effective(*case.arguments).square().sum().backward()
+                materialised.linear_materialised(*case.arguments).square().sum().backward()
                 optimizer.step()
                 check_effective(effective(case), case.map(Tensor.detach))
 
@@ -233,31 +234,31 @@ def test_optimisers_are_seen():
 def test_a_write_that_torch_does_not_count_needs_refresh():
     case = linear_case((3,), bias=False)
     before = effective(case)
-    (kept,) = ops_effective.kept(case.weight, case.o)
+    (kept,) = materialised.kept(case.weight, case.o)
     case.o.data.fill_(3.0)
     assert torch.equal(effective(case), before), "as torch itself: the version did not move"
-    ops_effective.refresh(*sources(case))
-    (again,) = ops_effective.kept(case.weight, case.o)
+    materialised.refresh(*sources(case))
+    (again,) = materialised.kept(case.weight, case.o)
     assert again.data_ptr() == kept.data_ptr()
     check_effective(effective(case), case)
 
 
 def test_it_goes_with_its_weight():
     case = linear_case((3,), bias=False)
-    ops_effective.linear_effective(*case.arguments)
-    (kept,) = ops_effective.kept(case.weight, case.o)
+    materialised.linear_materialised(*case.arguments)
+    (kept,) = materialised.kept(case.weight, case.o)
     gone = weakref.ref(kept.untyped_storage())
-    ops_effective.drop(case.weight, case.o)
-    assert ops_effective.kept(case.weight, case.o) == []
+    materialised.drop(case.weight, case.o)
+    assert materialised.kept(case.weight, case.o) == []
     del kept
     gc.collect()
     assert gone() is None
     # and at the latest when another one is made, once its weight or o is gone
     o = case.o.clone()
-    ops_effective.linear_effective(*case.replace(o=o).arguments)
-    gone = weakref.ref(ops_effective.kept(case.weight, o)[0].untyped_storage())
+    materialised.linear_materialised(*case.replace(o=o).arguments)
+    gone = weakref.ref(materialised.kept(case.weight, o)[0].untyped_storage())
     del o
-    ops_effective.linear_effective(*linear_case((3,), bias=False).arguments)
+    materialised.linear_materialised(*linear_case((3,), bias=False).arguments)
     gc.collect()
     assert gone() is None
 
@@ -266,10 +267,10 @@ def test_a_dtype_of_x_has_a_weight_of_its_own():
     case = linear_case((3,), bias=False)
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         check_effective(effective(case, dtype), case)
-    assert [t.dtype for t in ops_effective.kept(case.weight, case.o)] == [torch.float32, torch.bfloat16, torch.float16]
+    assert [t.dtype for t in materialised.kept(case.weight, case.o)] == [torch.float32, torch.bfloat16, torch.float16]
     case.o.data.fill_(2.0)
-    ops_effective.refresh(*sources(case))
-    for kept in ops_effective.kept(case.weight, case.o):
+    materialised.refresh(*sources(case))
+    for kept in materialised.kept(case.weight, case.o):
         check_effective(kept, case)
 
 
@@ -283,7 +284,7 @@ def test_inference_mode_and_out_of_it():
             inside.o.add_(1.0)  # nobody counts this: it is made in each call
     case.o.add_(1.0)
     check_effective(effective(case), case)
-    ops_effective.linear_effective(*case.trainable("s", "x").arguments).sum().backward()
+    materialised.linear_materialised(*case.trainable("s", "x").arguments).sum().backward()
 
 
 # -- autograd --------------------------------------------------------------------------------------------------------
@@ -293,7 +294,7 @@ def test_gradcheck():
     for rows in [(3,), (), (2, 2)]:
         case = linear_case(rows, 5, 4, 3, torch.float64).trainable(*TRAINED)
         for function in (
-            ops_effective.linear_effective,
+            materialised.linear_materialised,
             lambda *arguments: torch.ops.osora.linear_effective(*arguments, True)[0],
         ):
             # gradcheck moves its arguments through .data, which nobody counts: hand over tensors of this call
@@ -310,7 +311,7 @@ def test_gradcheck():
 def test_every_gradient(rows, dtype):
     case = linear_case(rows, dtype=dtype).trainable(*TRAINED)
     dy = torch.randn(*rows, 20, dtype=torch.float64).to(dtype)
-    ops_effective.linear_effective(*case.arguments).backward(dy)
+    materialised.linear_materialised(*case.arguments).backward(dy)
     wish = expected_linear(case, dy)
     for name, key in GRADIENTS.items():
         gradient = getattr(case, name).grad
@@ -324,7 +325,7 @@ def test_h_alone_is_saved(trained, dtype):
     case = linear_case((3, 5), dtype=dtype).trainable(*trained)
     kept_weight = effective(case).untyped_storage()
     with saved_tensors(*(t for t in case.arguments if t is not case.x)) as kept:
-        y = ops_effective.linear_effective(*case.arguments)
+        y = materialised.linear_materialised(*case.arguments)
     assert [tuple(t.shape) for t in kept] == ([] if trained == ("x",) else [(15, 6)])
     assert kept_weight.data_ptr() not in [t.untyped_storage().data_ptr() for t in kept]
     y.sum().backward()
@@ -332,9 +333,9 @@ def test_h_alone_is_saved(trained, dtype):
 
 def test_nothing_but_y_is_computed_in_inference():
     case = linear_case((5,), bias=False)
-    ops_effective.linear_effective(*case.arguments)
+    materialised.linear_materialised(*case.arguments)
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
-        ops_effective.linear_effective(*case.arguments)
+        materialised.linear_materialised(*case.arguments)
     assert sum(e.name in ("aten::mm", "aten::addmm", "aten::addmm_") for e in profile.events()) == 1
 
 
@@ -342,7 +343,7 @@ def test_nothing_but_y_is_computed_in_inference():
 def test_a_change_between_forward_and_backward_is_an_error(name):
     """As under the split plan. Gradients of neither the old nor the new weight would be right for both factors."""
     case = linear_case((5,)).trainable("x", "s", "o")
-    y = ops_effective.linear_effective(*case.arguments)
+    y = materialised.linear_materialised(*case.arguments)
     with torch.no_grad():
         getattr(case, name).add_(0.1)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
@@ -354,9 +355,9 @@ def test_another_adapter_between_forward_and_backward_is_none():
     case = linear_case((5,), dtype=torch.float64).trainable("x", "s", "o")
     other = case.replace(o=torch.randn(20, dtype=torch.float64))
     dy = torch.randn(5, 20, dtype=torch.float64)
-    y = ops_effective.linear_effective(*case.arguments)
-    ops_effective.linear_effective(*other.arguments)
-    ops_effective.drop(case.weight, case.o)  # even where nothing is kept any more
+    y = materialised.linear_materialised(*case.arguments)
+    materialised.linear_materialised(*other.arguments)
+    materialised.drop(case.weight, case.o)  # even where nothing is kept any more
     y.backward(dy)
     torch.testing.assert_close(case.x.grad, expected_linear(case, dy).value["dx"])
 
@@ -365,7 +366,7 @@ def test_another_adapter_between_forward_and_backward_is_none():
 def test_a_gradient_of_a_frozen_tensor_is_refused(name):
     case = linear_case((3,)).trainable(name, "s")
     with pytest.raises(RuntimeError, match=f"osora::linear_effective: {name} requires a gradient"):
-        ops_effective.linear_effective(*case.arguments)
+        materialised.linear_materialised(*case.arguments)
 
 
 def test_need_h_is_not_forgotten():
@@ -378,7 +379,7 @@ def test_need_h_is_not_forgotten():
 @pytest.mark.parametrize("name", ["x", "s", "o"])
 def test_double_backward_is_refused(name):
     case = linear_case((3,), dtype=torch.float64).trainable(name)
-    loss = ops_effective.linear_effective(*case.arguments).square().sum()
+    loss = materialised.linear_materialised(*case.arguments).square().sum()
     (gradient,) = torch.autograd.grad(loss, getattr(case, name), create_graph=True)
     with pytest.raises(RuntimeError, match=r"osora::linear_effective_backward has no derivative .*double backward"):
         gradient.square().sum().backward()
@@ -393,7 +394,7 @@ def test_activation_checkpointing(reentrant, autocast):
         case = linear_case((6,)).trainable("x", "s", "o")
 
         def block(*arguments: Tensor) -> Tensor:
-            return ops_effective.linear_effective(*arguments).tanh()
+            return materialised.linear_materialised(*arguments).tanh()
 
         with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
             y = checkpoint(block, *case.arguments, use_reentrant=reentrant) if use else block(*case.arguments)
@@ -410,9 +411,9 @@ def test_autocast_rounds_the_weight_once():
     """From float32 straight to the autocast dtype; s, o and their gradients stay float32, h is 16-bit."""
     case = linear_case((15,)).trainable(*TRAINED)
     with torch.autocast("cpu", torch.bfloat16), saved_tensors(*case.arguments) as saved:
-        y = ops_effective.linear_effective(*case.arguments)
+        y = materialised.linear_materialised(*case.arguments)
     assert y.dtype == torch.bfloat16 and sum(t.untyped_storage().nbytes() for t in saved) == 15 * 6 * 2
-    (kept,) = ops_effective.kept(case.weight, case.o)
+    (kept,) = materialised.kept(case.weight, case.o)
     assert kept.dtype == torch.bfloat16
     check_effective(kept, case.map(Tensor.detach))
     y.sum().backward()
@@ -431,7 +432,7 @@ def test_compile_sees_every_change(compiler):
     frames = CompileCounterWithBackend(compiler)
 
     def block(x: Tensor, *rest: Tensor) -> Tensor:
-        return torch.nn.functional.silu(ops_effective.linear_effective(x, *rest)) * 2
+        return torch.nn.functional.silu(materialised.linear_materialised(x, *rest)) * 2
 
     compiled = torch.compile(block, backend=frames, fullgraph=True)
     case = linear_case((1,), 16, 12, 4).trainable(*TRAINED)
@@ -476,8 +477,8 @@ def test_there_is_a_cuda_kernel(name):
 
 def test_the_meta_device():
     case = linear_case((2, 3)).map(lambda t: t.to("meta"))
-    assert ops_effective.linear_effective(*case.arguments).shape == (2, 3, 20)
-    assert ops_effective.kept(case.weight, case.o) == []
+    assert materialised.linear_materialised(*case.arguments).shape == (2, 3, 20)
+    assert materialised.kept(case.weight, case.o) == []
 
 
 WRONG = {
@@ -494,7 +495,7 @@ WRONG = {
 def test_wrong_arguments_are_named(name):
     for value, message in WRONG[name]:
         with pytest.raises(RuntimeError, match=f"osora::linear_effective: .*{message}"):
-            ops_effective.linear_effective(*linear_case((3,)).replace(**{name: value}).arguments)
+            materialised.linear_materialised(*linear_case((3,)).replace(**{name: value}).arguments)
 
 
 def test_the_reference_makes_the_same_weight():

@@ -10,8 +10,9 @@ from helpers import linear_case, tiny_gpt2, tiny_llama
 from test_readme import ROOT, blocks
 
 import osora
-from osora import ops, ops_effective
-from osora.estimate import Cost, Work, linear_cost
+from osora import ops
+from osora.model.cost import Cost, Work, linear_cost
+from osora.ops import materialised
 
 PERFORMANCE = ROOT / "docs/performance.md"
 PLANS = ("frozen", "split", "materialised")
@@ -22,7 +23,7 @@ def function_of(plan: str):
     return {
         "frozen": lambda x, weight, bias, *_: torch.nn.functional.linear(x, weight, bias),
         "split": ops.linear,
-        "materialised": ops_effective.linear_effective,
+        "materialised": materialised.linear_materialised,
     }[plan]
 
 
@@ -56,8 +57,8 @@ def test_operations_are_those_that_run(n, k, d, r, plan):
     function = function_of(plan)
     if plan == "materialised":
         sources = (case.weight, case.U, case.V, case.S0, case.s, case.o)
-        assert profiled_flops(lambda: ops_effective.refresh(*sources)) == cost.refresh.flops
-        ops_effective.linear_effective(*case.arguments)
+        assert profiled_flops(lambda: materialised.refresh(*sources)) == cost.refresh.flops
+        materialised.linear_materialised(*case.arguments)
     else:
         assert cost.refresh == Work()
     kept = []

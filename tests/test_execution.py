@@ -13,9 +13,10 @@ from test_layers import make_layer, moved
 from torch import Tensor, nn
 
 import osora
-from osora import ops_effective
-from osora.layers import OsoraLinear, oriented_weight
-from osora.patch import adapted_layers
+from osora import adapted_layers
+from osora.layers import OsoraLinear
+from osora.layers.base_weight import oriented_weight
+from osora.ops import materialised as ops_materialised
 
 from_dynamo = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 
@@ -26,7 +27,7 @@ def materialised(layer: OsoraLinear) -> OsoraLinear:
 
 
 def kept(layer: OsoraLinear) -> list[Tensor]:
-    return ops_effective.kept(oriented_weight(layer.base_layer), layer.o)
+    return ops_materialised.kept(oriented_weight(layer.base_layer), layer.o)
 
 
 def check_now(layer: OsoraLinear) -> None:
@@ -348,16 +349,16 @@ def test_merge_and_detach_free_it():
     layers = adapted_layers(model)
     osora.merge(model)
     first = next(iter(layers.values()))
-    assert ops_effective.kept(first.kept_weight(), first.o) == []
+    assert ops_materialised.kept(first.kept_weight(), first.o) == []
     torch.testing.assert_close(logits(model, ids), wish, rtol=1e-4, atol=1e-4)
     osora.unmerge(model)
     assert torch.equal(logits(model, ids), wish)
     weight, o = first.base_layer.weight, first.o
-    assert len(ops_effective.kept(weight, o)) == 1
+    assert len(ops_materialised.kept(weight, o)) == 1
     osora.detach(model)
     del layers, first
     gc.collect()
-    assert ops_effective.kept(weight, o) == []
+    assert ops_materialised.kept(weight, o) == []
 
 
 def test_split_frees_it():

@@ -232,7 +232,7 @@ def test_the_change_is_exact_for_every_dtype(method, dtype, tmp_path):
     osora.export_lora(model, tmp_path)
     lora = load_file(tmp_path / "adapter_model.safetensors")
     exact = torch.float64 if dtype == torch.float64 else torch.float32
-    for name, layer in osora.patch.adapted_layers(model).items():
+    for name, layer in osora.adapted_layers(model).items():
         U, V, S0, s = (t.detach().double() for t in (layer.U, layer.V, layer.S0, layer.s))
         if method is OsoraConfig:
             o = layer.o.detach().double()

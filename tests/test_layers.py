@@ -10,8 +10,10 @@ from helpers import linear_case, move_adapter, tiny_gpt2, token_ids
 from precision import DTYPES
 from torch import Tensor, nn
 
-from osora.factors import Decomposition, decompose
-from osora.layers import OsoraLinear, oriented_weight
+from osora.layers import OsoraLinear
+from osora.layers.base_weight import oriented_weight
+from osora.svd.certificate import Decomposition
+from osora.svd.truncated import decompose
 
 every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=[str(dtype).removeprefix("torch.") for dtype in DTYPES])
 

@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 import osora
 from osora import ops, reference
+from osora.ops import common
 
 every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=[str(dtype).removeprefix("torch.") for dtype in DTYPES])
 TRAINED = ("x", "bias", "s", "o")
@@ -398,8 +399,8 @@ def test_every_operator_has_a_cuda_kernel(name):
 
 
 def test_the_fallback_warns_once(monkeypatch):
-    monkeypatch.setattr(ops, "_warned", False)
-    slow = ops._served_by_reference(reference.linear)
+    monkeypatch.setattr(common, "has_warned", False)
+    slow = common.served_by_reference(reference.linear)
     case = linear_case((3,))
     with pytest.warns(RuntimeWarning, match="built without CUDA"):
         y, h = slow(*case.arguments)

@@ -9,8 +9,8 @@ from helpers import logits, move_adapter, tiny_bert, tiny_gpt2, tiny_llama, toke
 from torch import Tensor, nn
 
 import osora
-from osora.layers import oriented_weight
-from osora.patch import adapted_layers
+from osora import adapted_layers
+from osora.layers.base_weight import oriented_weight
 
 every_model = pytest.mark.parametrize("make", [tiny_llama, tiny_gpt2, tiny_bert], ids=["llama", "gpt2", "bert"])
 dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])

@@ -12,8 +12,8 @@ from helpers import logits, move_adapter, tiny_gpt2, tiny_llama, token_ids
 from torch import Tensor, nn
 
 import osora
-from osora import AdapterError, OsoraConfig
-from osora.patch import adapted_layers, osora_layers
+from osora import AdapterError, OsoraConfig, adapted_layers
+from osora.model.state import osora_layers
 
 every_model = pytest.mark.parametrize("make", [tiny_llama, tiny_gpt2], ids=["llama", "gpt2"])
 # Row by row against the adapter alone: float32 models of two layers, whose rounding is of another order.

@@ -16,9 +16,9 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 import osora
-from osora import OsoraConfig, SorsaConfig, regularizer
-from osora.patch import adapted_layers
-from osora.regularizer import Penalty, deviation, deviation_gradient
+from osora import OsoraConfig, SorsaConfig, adapted_layers
+from osora.layers import penalty
+from osora.layers.penalty import Penalty, deviation, deviation_gradient
 
 both_kinds = pytest.mark.parametrize("kind", ["squared", "paper"])
 GAMMA = 0.3
@@ -420,14 +420,14 @@ def test_copies_have_their_own(copy_of):
 
 def test_it_ends_with_its_adapter():
     gc.collect()
-    before = len(regularizer._registered)
+    before = len(penalty.registered)
     model = adapted()
     osora.add_adapter(model, "b", SorsaConfig(r=2, gamma=1.0))
-    assert len(regularizer._registered) == before + 2
+    assert len(penalty.registered) == before + 2
     osora.remove_adapter(model, "b")
-    assert len(regularizer._registered) == before + 1
+    assert len(penalty.registered) == before + 1
     osora.detach(model)
-    assert len(regularizer._registered) == before
+    assert len(penalty.registered) == before
 
 
 def test_an_adapter_that_waits_has_none():
@@ -447,7 +447,7 @@ def test_an_adapter_that_waits_has_none():
 def test_a_loaded_adapter_has_it_too(tmp_path):
     osora.save_adapter(adapted(0.7, "paper"), tmp_path)
     model = osora.load_adapter(tiny_llama(dtype=torch.float64), tmp_path)
-    config = osora.patch.state_of(model).current.config
+    config = osora.model.state.state_of(model).current.config
     assert (config.gamma, config.regularizer) == (0.7, "paper")
     wish = penalty_gradients(model, "paper", 0.7)
     (0 * loss_of(model, batch(2))).backward()

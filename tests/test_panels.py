@@ -6,7 +6,7 @@ import torch
 from test_svd_hostile import judge, truth_of
 from test_truncated_svd import powers, quietly, randn, with_spectrum
 
-from osora.factors import decompose
+from osora.svd.truncated import decompose
 
 DOUBLE = torch.float64
 FLOATS = [torch.float32, DOUBLE, torch.bfloat16, torch.float16]

@@ -6,8 +6,7 @@ import torch
 from helpers import tiny_llama, token_ids
 
 import osora
-from osora import OsoraConfig, SorsaConfig
-from osora.patch import adapted_layers
+from osora import OsoraConfig, SorsaConfig, adapted_layers
 
 
 def rates(groups: list[dict]) -> dict[int, float]:

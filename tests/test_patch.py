@@ -14,9 +14,8 @@ from torch import Tensor, nn
 from torch.nn.utils import prune, weight_norm
 
 import osora
-from osora import OsoraConfig, attach, detach
-from osora.factors import decompose
-from osora.patch import adapted_layers
+from osora import OsoraConfig, adapted_layers, attach, detach
+from osora.svd.truncated import decompose
 
 LLAMA_LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 MODELS = {"llama": tiny_llama, "gpt2": tiny_gpt2, "bert": tiny_bert}
@@ -149,10 +148,10 @@ def test_rank_for_energy_gives_each_layer_the_rank_it_needs(fraction, dtype):
         assert layer.S0.untyped_storage().nbytes() == 4 * layer.rank, "the file would hold what was dropped"
         assert layer.s.shape == (layer.rank,)
         residuals = decompose([layer.weight], 20, names=[name])[0].residuals
-        assert layer.max_residual == residuals[: layer.rank].max() and full.max_residual == residuals.max()
-    assert any(
-        layer.max_residual < adapted_layers(whole)[name].max_residual for name, layer in adapted_layers(model).items()
-    )
+        assert layer.certificate.max_residual == residuals[: layer.rank].max()
+        assert full.certificate.max_residual == residuals.max()
+    cut, uncut = ([layer.certificate.max_residual for layer in adapted_layers(m).values()] for m in (model, whole))
+    assert any(a < b for a, b in zip(cut, uncut, strict=True))
     summary = osora.summary(model)
     assert {module.name: module.rank for module in summary.modules} == wish
     assert not any(module.note for module in summary.modules)
@@ -509,7 +508,7 @@ def test_max_memory_refuses_by_name_before_any_work(monkeypatch):
         assert torch.equal(a.U, b.U) and torch.equal(a.V, b.V) and torch.equal(a.S0, b.S0)
     model = tiny_llama()
     before = Shape(model)
-    monkeypatch.setattr("osora.patch.decompose", None)
+    monkeypatch.setattr("osora.model.decompose.decompose", None)
     words = rf"gate_proj\.weight \[56, 32\] takes {largest} bytes .* rank 4, and max_memory is {largest - 1}: allow"
     with pytest.raises(ValueError, match=words):
         attach(model, OsoraConfig(r=4), max_memory=largest - 1)
@@ -527,7 +526,7 @@ def test_max_memory_reaches_the_operator(monkeypatch):
         return ops.truncated_svd(*arguments)
 
     stub = types.SimpleNamespace(truncated_svd=recorded, svd_plan=ops.svd_plan)
-    monkeypatch.setattr("osora.factors._ops", stub)
+    monkeypatch.setattr("osora.svd.truncated.operators", stub)
     attach(tiny_llama(), OsoraConfig(r=4), max_memory=123456789)
     attach(tiny_llama(), OsoraConfig(r=4))
     assert {arguments[-1] for arguments in seen} == {123456789, 0}

@@ -13,9 +13,9 @@ from pefts import OsoraConfig, adapted, layers, move, peft, quiet, tensors
 from torch import nn
 
 import osora
+from osora import adapted_layers
 from osora import config as native
-from osora.bases import dense_weight, oriented_weight
-from osora.patch import adapted_layers
+from osora.layers.base_weight import dense_weight, oriented_weight
 
 PEFT = tuple(map(int, peft.__version__.split(".")[:2]))
 pytestmark = quiet

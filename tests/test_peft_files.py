@@ -17,8 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import osora
-from osora import AdapterError
-from osora.patch import adapted_layers
+from osora import AdapterError, adapted_layers
 from osora.peft import SorsaConfig
 
 pytestmark = quiet
@@ -63,7 +62,9 @@ def test_written_by_peft_and_loaded_natively(make, save_basis, tmp_path):
     found = {name: layer.basis() for name, layer in adapted_layers(own).items()}
     for layer in layers(model):
         assert all(torch.equal(a, b) for a, b in zip(layer.basis("default"), found[layer.name], strict=True))
-    assert osora.summary(own).max_residual == max(layer.has["default"].max_residual for layer in layers(model))
+    assert osora.summary(own).max_residual == max(
+        layer.adapters["default"].certificate.max_residual for layer in layers(model)
+    )
 
 
 @low_memory
@@ -75,7 +76,7 @@ def test_written_natively_and_loaded_by_peft(make, save_basis, low, tmp_path):
     model = PeftModel.from_pretrained(make(), tmp_path, low_cpu_mem_usage=low)
     assert torch.equal(logits(model, ids), logits(own, ids))
     assert model.peft_config["default"].dropout == 0.1 and model.peft_config["default"].seed == 4
-    assert layers(model)[0].has["default"].dropout == 0.1
+    assert layers(model)[0].adapters["default"].dropout == 0.1
 
 
 @both
@@ -361,7 +362,7 @@ def test_a_second_adapter_that_is_refused_leaves_the_first(saved, tmp_path):
     with pytest.raises(AdapterError, match="must hold finite"):
         model.load_adapter(tmp_path / "bad", "second")
     assert list(model.peft_config) == ["default"] and torch.equal(logits(model, ids), wish)
-    assert all(set(layer.has) == {"default"} for layer in layers(model))
+    assert all(set(layer.adapters) == {"default"} for layer in layers(model))
     model.load_adapter(saved, "second")
 
 

@@ -33,7 +33,7 @@ def alone(model: nn.Module, name: str | list[str], ids: torch.Tensor) -> torch.T
 
 def test_bases_are_shared_where_they_can_be():
     for layer in layers(three()):
-        U = {name: layer.basis(name)[0] for name in layer.has}
+        U = {name: layer.basis(name)[0] for name in layer.adapters}
         assert U["large"].data_ptr() != U["default"].data_ptr()
         assert "small" not in U or U["small"].data_ptr() == U["default"].data_ptr()
         found = osora.truncated_svd(layer.base_layer.weight.detach(), 9, tol=1e-4, name=layer.name)
@@ -160,7 +160,7 @@ def test_weighted_sums():
         model.add_adapter(other, OsoraConfig(r=rank))
         with pytest.raises(ValueError, match="a weighted sum of others is no adapter"):
             model.add_weighted_adapter(["default", other], [1.0, 1.0], "x")
-    assert "x" not in model.peft_config and all("x" not in layer.has for layer in layers(model))
+    assert "x" not in model.peft_config and all("x" not in layer.adapters for layer in layers(model))
 
 
 def test_another_method_beside_it_is_refused():
@@ -240,7 +240,7 @@ def test_sorsas_penalty_is_in_each_step():
     ids = token_ids()
     own = osora.attach(tiny_llama(), osora.SorsaConfig(r=4, gamma=0.3))
     model = get_peft_model(tiny_llama(), SorsaConfig(r=4, gamma=0.3))
-    twins = dict(osora.patch.adapted_layers(own))
+    twins = dict(osora.adapted_layers(own))
     with torch.no_grad():
         for layer in layers(model):
             for a, b in zip(layer.deltas("default"), twins[layer.name].deltas("default"), strict=True):

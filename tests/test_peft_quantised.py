@@ -13,10 +13,10 @@ from test_quantised import CONFIGS, assert_untouched, every_kind, every_method, 
 from torch import nn
 
 import osora
-from osora.bases import is_quantised
-from osora.patch import adapted_layers
+from osora import adapted_layers
+from osora.layers.base_weight import is_quantised
+from osora.layers.quantised import kind_of
 from osora.peft import SorsaConfig
-from osora.quantised import kind_of
 
 pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
 # bitsandbytes' 8-bit layers say in each forward of a float32 model that they cast x

@@ -90,7 +90,8 @@ def test_a_second_one_that_is_refused_leaves_the_firsts_whole_modules():
     model, ids = adapted(untied, modules_to_save=["lm_head"]), token_ids()
     wish, before = logits(model, ids), [(name, id(module)) for name, module in model.named_modules()]
     model.base_model.model.model.layers[1].mlp.up_proj.base_layer.weight.data[0, 0] = float("nan")
-    layers(model)[-2].has["default"].max_residual = 1.0  # so that its basis is not taken
+    first = layers(model)[-2].adapters["default"]
+    first.certificate = first.certificate._replace(max_residual=1.0)  # so that its basis is not taken
     with pytest.raises(ValueError, match="has NaN or infinite entries"):
         model.add_adapter("two", OsoraConfig(r=3, modules_to_save=["lm_head"]))
     model.base_model.model.model.layers[1].mlp.up_proj.base_layer.weight.data.copy_(

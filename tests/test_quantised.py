@@ -11,10 +11,11 @@ from quantise import KINDS, dense_twin, quantised_linear, quantised_llama
 from torch import Tensor, nn
 
 import osora
-from osora.bases import dense_weight, is_quantised
+from osora import adapted_layers
 from osora.layers import OsoraLinear
-from osora.patch import adapted_layers, osora_layers
-from osora.quantised import keep_order
+from osora.layers.base_weight import dense_weight, is_quantised
+from osora.layers.quantised import keep_order
+from osora.model.state import osora_layers
 
 pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
 
@@ -494,11 +495,11 @@ def test_an_adapter_goes_with_the_dequantised_base_and_merges_there(kind, tmp_pa
 
 @every_kind
 def test_the_analysis_reads_the_weights_behind_the_codes(kind):
-    from osora.weights import _of_model
+    from osora.analysis.weights import of_model
 
     model = trained(kind)
     for adapter in (False, True):
-        found = {name: get() for name, get in _of_model(model, adapter).items()}
+        found = {name: get() for name, get in of_model(model, adapter).items()}
         for name, layer in adapted_layers(model).items():
             want = dense_weight(layer.base_layer) + (layer.delta_weight() if adapter else 0)
             assert torch.equal(found[name], want)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""osora.quantised: what a quantised layer's storage stands for, however bitsandbytes happens to pack it."""
+"""osora.layers.quantised: what a quantised layer's storage stands for, however bitsandbytes happens to pack it."""
 
 import copy
 
@@ -8,8 +8,9 @@ import torch
 from precision import unit
 from torch import Tensor, nn
 
-from osora import ops, quantised
-from osora.quantised import kind_of
+from osora import ops
+from osora.layers import quantised
+from osora.layers.quantised import kind_of
 
 bnb = pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
 

@@ -21,7 +21,8 @@ from training_stacks import rows, settings, tokenizer
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
 RUN = {
-    README: 3,
+    README: 1,
+    ROOT / "docs/use.md": 4,
     ROOT / "docs/many_adapters.md": 2,
     ROOT / "docs/export.md": 3,
     ROOT / "docs/merge.md": 2,
@@ -73,6 +74,20 @@ def headings(path: Path) -> list[str]:
     return re.findall(r"^#+ (.+)$", without_code, flags=re.MULTILINE)
 
 
+def table_of(path: Path) -> list[str]:
+    """The lines of the front page's table: what `print(osora.summary(model))` gives of SmolLM2."""
+    ((_, text),) = blocks(path, "text")
+    return text.splitlines()
+
+
+def check_table(summary: object) -> None:
+    """What is printed has the columns that the front page shows."""
+    shown, printed = table_of(README), str(summary).splitlines()
+    assert shown[0] == printed[0]
+    totals = [next(line for line in lines if line.startswith("trainable")) for lines in (shown, printed)]
+    assert len({re.sub(r"[\d.,]+(e-\d+)?", "#", line) for line in totals}) == 1
+
+
 @pytest.mark.parametrize("document", RUN, ids=lambda path: path.name)
 def test_the_python_of_a_document_runs(document, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
@@ -90,6 +105,7 @@ def test_the_python_of_a_document_runs(document, tmp_path, monkeypatch):
         "torch": torch,
         "Path": Path,
         "VOCABULARY": VOCABULARY,
+        "check_table": check_table,
     }
     with warnings.catch_warnings():
         if document.name == "train.md":  # TRL's own are many

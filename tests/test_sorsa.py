@@ -14,7 +14,8 @@ from torch.nn.functional import linear as torch_linear
 from torch.utils.checkpoint import checkpoint
 
 import osora
-from osora import ops_sorsa
+from osora import reference
+from osora.ops import sorsa
 
 every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=[str(dtype).removeprefix("torch.") for dtype in DTYPES])
 exact_dtypes = pytest.mark.parametrize("dtype", DTYPES[:3], ids=["float64", "float32", "bfloat16"])
@@ -24,6 +25,12 @@ SIZES = [(1, 1, 1), (5, 7, 5), (7, 5, 5), (33, 300, 17), (130, 65, 64)]  # k, d,
 TRAINED = ("x", "bias", "u", "s", "v")
 GRADIENTS = {"x": "dx", "bias": "dbias", "u": "du", "s": "ds", "v": "dv"}
 from_dynamo = pytest.mark.filterwarnings("ignore::DeprecationWarning")
+
+
+def triplets(U0, S0, V0, u, s, v):
+    """U [d, r], S [r], V [k, r] in float32 (float64), differentiable in u, s and v: what a penalty looks at."""
+    exact = reference.accumulate_dtype(U0.dtype)
+    return U0.to(exact) + u.to(exact), S0 + s.to(exact), V0.to(exact) + v.to(exact)
 
 
 @pytest.fixture(params=["reference", "cpu", "cuda"])
@@ -197,7 +204,7 @@ def test_zero_deltas_are_the_base_bit_for_bit(k, d, r, bias, dtype):
     case = sorsa_case((1,), k, d, r, dtype, bias=bias, step=0.0)
     for rows in [(1,), (5,), (64,), (1, 7), (2, 1, 4), ()]:
         x = torch.randn(*rows, k, dtype=torch.float64).to(dtype)
-        y = ops_sorsa.sorsa_linear(*replace(case, x=x).arguments)
+        y = sorsa.sorsa_linear(*replace(case, x=x).arguments)
         assert torch.equal(y, torch_linear(x, case.weight, case.bias)), rows
 
 
@@ -213,7 +220,7 @@ def test_small_steps_survive_in_bfloat16(backend, step):
     # roundings of A, B, v, h and y, each at most 2⁻⁹ and on average half of it; the deltas' own on top
     assert error(case) < 6e-3
     assert error(replace(case, u=case.u.bfloat16(), s=case.s.bfloat16(), v=case.v.bfloat16())) < 8e-3
-    U, S, V = (t.bfloat16() for t in ops_sorsa.sorsa_triplets(*case.arguments[3:]))
+    U, S, V = (t.bfloat16() for t in triplets(*case.arguments[3:]))
     naive = ((case.x @ V) * S.bfloat16()) @ U.t() - ((case.x @ case.V0) * case.S0.bfloat16()) @ case.U0.t()
     assert float((naive.double() - wish).norm() / wish.norm()) > 4 * error(case), "else the delta form brings nothing"
 
@@ -224,7 +231,7 @@ def test_ds_agrees_with_du(backend):
     _, h = backend.sorsa_linear(*case.arguments)
     dy = torch.randn(9, 20, dtype=torch.float64)
     _, du, ds, dv = backend.sorsa_linear_backward(dy, *case.backward_arguments(h), True, True, True, True)
-    U, S, V = ops_sorsa.sorsa_triplets(*case.arguments[3:])
+    U, S, V = triplets(*case.arguments[3:])
     torch.testing.assert_close(S * ds, (U * du).sum(0))
     torch.testing.assert_close(S * ds, (V * dv).sum(0))
 
@@ -237,7 +244,7 @@ def test_ds_agrees_with_du(backend):
 def test_every_gradient(rows, dtype):
     case = sorsa_case(rows, dtype=dtype).trainable(*TRAINED)
     dy = torch.randn(*rows, 20, dtype=torch.float64).to(dtype)
-    ops_sorsa.sorsa_linear(*case.arguments).backward(dy)
+    sorsa.sorsa_linear(*case.arguments).backward(dy)
     wish = expected(case, dy)
     for name, key in GRADIENTS.items():
         check(key, getattr(case, name).grad, wish, dtype, getattr(case, name).dtype)
@@ -245,7 +252,7 @@ def test_every_gradient(rows, dtype):
 
 @pytest.mark.parametrize("rows", [(3,), (), (2, 2)], ids=str)
 @pytest.mark.parametrize(
-    "function", [ops_sorsa.sorsa_linear, lambda *a: torch.ops.osora.sorsa_linear(*a)[0]], ids=["function", "raw"]
+    "function", [sorsa.sorsa_linear, lambda *a: torch.ops.osora.sorsa_linear(*a)[0]], ids=["function", "raw"]
 )
 def test_gradcheck(function, rows):
     case = sorsa_case(rows, 5, 4, 3, torch.float64).trainable(*TRAINED)
@@ -260,11 +267,11 @@ def test_one_gradient_alone(name):
     everything, alone = case.trainable(*TRAINED), case.trainable(name)
     dy = torch.randn(2, 5, 20, dtype=torch.float64)
     for each in (everything, alone):
-        ops_sorsa.sorsa_linear(*each.arguments).backward(dy)
+        sorsa.sorsa_linear(*each.arguments).backward(dy)
     assert torch.equal(getattr(alone, name).grad, getattr(everything, name).grad)
 
 
-@pytest.mark.parametrize("function", [ops_sorsa.sorsa_linear, lambda *a: torch.ops.osora.sorsa_linear(*a)[0]])
+@pytest.mark.parametrize("function", [sorsa.sorsa_linear, lambda *a: torch.ops.osora.sorsa_linear(*a)[0]])
 @pytest.mark.parametrize(
     "trained, wish",
     [
@@ -292,14 +299,14 @@ def test_no_dense_product_is_made():
     """Forward and backward allocate nothing of the weight's size."""
     case = sorsa_case((5,), 300, 200, 4).trainable(*TRAINED)
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-        ops_sorsa.sorsa_linear(*case.arguments).sum().backward()
+        sorsa.sorsa_linear(*case.arguments).sum().backward()
     assert max(e.self_cpu_memory_usage for e in profile.events()) < 300 * 200 * 4
 
 
 @pytest.mark.parametrize("name", ["weight", "U0", "S0", "V0"])
 def test_a_gradient_of_a_frozen_tensor_is_refused(name):
     case = sorsa_case((3,)).trainable(name, "s")
-    for function in (ops_sorsa.sorsa_linear, torch.ops.osora.sorsa_linear):
+    for function in (sorsa.sorsa_linear, torch.ops.osora.sorsa_linear):
         with pytest.raises(RuntimeError, match=rf"{name} requires a gradient, but .*{name}\.requires_grad_\(False\)"):
             function(*case.arguments)
 
@@ -308,7 +315,7 @@ def test_a_gradient_of_a_frozen_tensor_is_refused(name):
 @pytest.mark.parametrize("name", ["x", "u", "s", "v"])
 def test_double_backward_is_refused(name):
     case = sorsa_case((3,), dtype=torch.float64).trainable(name)
-    for function in (ops_sorsa.sorsa_linear, lambda *a: torch.ops.osora.sorsa_linear(*a)[0]):
+    for function in (sorsa.sorsa_linear, lambda *a: torch.ops.osora.sorsa_linear(*a)[0]):
         loss = function(*case.arguments).square().sum()
         (gradient,) = torch.autograd.grad(loss, getattr(case, name), create_graph=True)
         with pytest.raises(RuntimeError, match=r"osora::sorsa_linear_backward has no derivative .*double backward"):
@@ -317,7 +324,7 @@ def test_double_backward_is_refused(name):
 
 def test_an_orthonormality_penalty_reaches_the_deltas():
     case = sorsa_case((3,)).trainable("u", "s", "v")
-    U, S, V = ops_sorsa.sorsa_triplets(*case.arguments[3:])
+    U, S, V = triplets(*case.arguments[3:])
     assert U.shape == (20, 6) and S.shape == (6,) and V.shape == (24, 6) and U.dtype == torch.float32
     ((U.t() @ U - torch.eye(6)).square().sum() + (V.t() @ V - torch.eye(6)).square().sum()).backward()
     U = (case.U0 + case.u).detach()
@@ -333,7 +340,7 @@ def test_activation_checkpointing(reentrant):
         case = sorsa_case((6,)).trainable("x", "u", "s", "v")
 
         def block(*arguments: Tensor) -> Tensor:
-            return ops_sorsa.sorsa_linear(*arguments).tanh()
+            return sorsa.sorsa_linear(*arguments).tanh()
 
         y = checkpoint(block, *case.arguments, use_reentrant=reentrant) if use else block(*case.arguments)
         y.square().sum().backward()
@@ -349,7 +356,7 @@ def test_activation_checkpointing(reentrant):
 def test_autocast(start):
     case = sorsa_case((5,), dtype=start).trainable(*TRAINED)
     with torch.autocast("cpu", torch.bfloat16):
-        y = ops_sorsa.sorsa_linear(*case.arguments)
+        y = sorsa.sorsa_linear(*case.arguments)
         assert y.dtype == torch.bfloat16
     y.sum().backward()
     value, size = expected(case, torch.ones(5, 20))
@@ -358,14 +365,14 @@ def test_autocast(start):
         assert gradient.dtype == getattr(case, name).dtype
         assert (gradient.double() - value[key]).norm() < 2e-2 * size[key].norm()
     with torch.autocast("cpu", torch.bfloat16):
-        assert ops_sorsa.sorsa_linear(*sorsa_case((3,), dtype=torch.float64).arguments).dtype == torch.float64
+        assert sorsa.sorsa_linear(*sorsa_case((3,), dtype=torch.float64).arguments).dtype == torch.float64
 
 
 def test_autocast_keeps_small_deltas():
     """u, s and v of 1e-4 arrive to bfloat16's own relative error."""
     case = replace(sorsa_case((64,), 48, 40, 12, bias=False, step=1e-4), weight=None)
     with torch.autocast("cpu", torch.bfloat16):
-        y = ops_sorsa.sorsa_linear(*case.arguments)
+        y = sorsa.sorsa_linear(*case.arguments)
     wish = expected(case)[0]["y"]
     assert (y.double() - wish).norm() < 1e-2 * wish.norm()
 
@@ -377,7 +384,7 @@ def test_compile_with_a_dynamic_number_of_rows(compiler):
     frames = CompileCounterWithBackend(compiler)
 
     def block(x: Tensor, *rest: Tensor) -> Tensor:
-        return torch.nn.functional.silu(ops_sorsa.sorsa_linear(x, *rest)) * 2
+        return torch.nn.functional.silu(sorsa.sorsa_linear(x, *rest)) * 2
 
     compiled = torch.compile(block, backend=frames, fullgraph=True)
     for n in (6, 9, 17):
@@ -415,11 +422,11 @@ def test_there_is_a_cuda_kernel(name):
 
 
 def test_the_meta_device():
-    y = ops_sorsa.sorsa_linear(*sorsa_case((2, 3)).map(lambda t: t.to("meta")).arguments)
+    y = sorsa.sorsa_linear(*sorsa_case((2, 3)).map(lambda t: t.to("meta")).arguments)
     assert y.is_meta and y.shape == (2, 3, 20)
     with pytest.raises(RuntimeError, match="one device"):
         case = sorsa_case((3,))
-        ops_sorsa.sorsa_linear(*replace(case, V0=case.V0.to("meta")).arguments)
+        sorsa.sorsa_linear(*replace(case, V0=case.V0.to("meta")).arguments)
 
 
 WRONG = {
@@ -439,7 +446,7 @@ WRONG = {
 def test_wrong_arguments_are_named(name):
     value, message = WRONG[name]
     with pytest.raises(RuntimeError, match=f"osora::sorsa_linear: .*{message}"):
-        ops_sorsa.sorsa_linear(*replace(sorsa_case((3,)), **{name: value}).arguments)
+        sorsa.sorsa_linear(*replace(sorsa_case((3,)), **{name: value}).arguments)
 
 
 def test_wrong_backward_arguments_are_named():
@@ -459,4 +466,4 @@ def test_wrong_backward_arguments_are_named():
 
 
 def test_osora_brings_it_along():
-    assert osora.ops_sorsa is ops_sorsa
+    assert osora.ops.sorsa is sorsa

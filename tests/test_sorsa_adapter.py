@@ -11,10 +11,11 @@ from precision import DTYPES
 from torch import Tensor, nn
 
 import osora
-from osora import AdapterError, OsoraConfig, SorsaConfig
-from osora.factors import decompose
-from osora.layers import AdaptedLinear, SorsaLinear, oriented_weight
-from osora.patch import adapted_layers, osora_layers
+from osora import AdapterError, OsoraConfig, SorsaConfig, adapted_layers
+from osora.layers import AdaptedLinear, SorsaLinear
+from osora.layers.base_weight import oriented_weight
+from osora.model.state import osora_layers
+from osora.svd.truncated import decompose
 
 every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=[str(dtype).removeprefix("torch.") for dtype in DTYPES])
 every_model = pytest.mark.parametrize("make", [tiny_llama, tiny_gpt2], ids=["llama", "gpt2"])
@@ -69,7 +70,7 @@ def test_it_starts_as_its_base(dtype):
 @every_dtype
 @pytest.mark.parametrize("alpha", [None, 3.0])
 def test_it_is_the_paper_s_layer(dtype, alpha):
-    layer = make_layer(dtype=dtype, formula=osora.formulas.SorsaFormula(alpha))
+    layer = make_layer(dtype=dtype, formula=osora.layers.formulas.SorsaFormula(alpha))
     with torch.no_grad():
         for parameter in layer.deltas("default"):
             parameter.normal_(std=0.1)

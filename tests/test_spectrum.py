@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from osora import ConvergenceError, Spectrum, rank_for_energy, spectrum, truncated_svd
-from osora.spectrum import captured_energy
+from osora.svd.spectrum import captured_energy
 
 
 def with_values(d, k, sigma):

@@ -7,7 +7,7 @@ from backends import unavailable
 from test_truncated_svd import powers, with_spectrum
 
 import osora
-from osora.factors import decompose
+from osora.svd.truncated import decompose
 
 pytestmark = pytest.mark.filterwarnings("default::RuntimeWarning")
 

@@ -18,7 +18,9 @@ from test_truncated_svd import (
 )
 
 import osora
-from osora import factors, reference
+from osora import reference
+from osora.svd import plan
+from osora.svd.certificate import Decomposition
 
 DOUBLE = torch.float64
 SHAPES = [(130, 260), (260, 130), (200, 200)]
@@ -37,7 +39,7 @@ def floor_of(weight, largest=1.0):
 @pytest.mark.parametrize("shape", [(1, 1), (7, 1), (130, 260), (4096, 11008)])
 def test_the_floor_is_the_formula_of_the_documents(shape, dtype):
     exact = reference.accumulate_dtype(dtype)
-    assert factors.rounding_floor(shape, dtype) == pytest.approx(rounding_floor(*shape, exact), rel=1e-15)
+    assert plan.rounding_floor(shape, dtype) == pytest.approx(rounding_floor(*shape, exact), rel=1e-15)
 
 
 def in_turn(a, b):
@@ -157,7 +159,7 @@ def test_leading_triplets_keep_their_floor():
     found = quietly((randn(90, 3, seed=1) @ randn(3, 80, seed=2)).float(), 6)
     assert found.below_floor.tolist() == [False] * 3 + [True] * 3
     assert found.leading(4).below_floor.tolist() == [False] * 3 + [True] and found.leading(2).max_residual <= 1e-3
-    unknown = factors.Decomposition("", found.U, found.S, found.V, found.residuals, True, 1, "gram")
+    unknown = Decomposition("", found.U, found.S, found.V, found.residuals, True, 1, "gram")
     assert math.isnan(unknown.floor) and not unknown.below_floor.any()
 
 

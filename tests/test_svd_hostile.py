@@ -22,7 +22,8 @@ from test_truncated_svd import (
 from torch import Tensor
 
 from osora import reference
-from osora.factors import Decomposition, decompose
+from osora.svd.certificate import Decomposition
+from osora.svd.truncated import decompose
 
 DOUBLE = torch.float64
 

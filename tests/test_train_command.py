@@ -95,7 +95,7 @@ def interrupt(monkeypatch, step: int) -> None:
         if state.global_step == step:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(loop_module._Told, "on_step_end", on_step_end)
+    monkeypatch.setattr(loop_module.Told, "on_step_end", on_step_end)
 
 
 @pytest.mark.parametrize(

@@ -13,8 +13,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from osora import factors, reference
-from osora.factors import ConvergenceError, decompose, svd_plan, truncated_svd
+from osora import reference
+from osora.svd import truncated
+from osora.svd.arguments import SVD_METHODS
+from osora.svd.certificate import ConvergenceError, Decomposition, report_failure
+from osora.svd.plan import svd_plan
+from osora.svd.truncated import decompose, truncated_svd
 
 EPSILON = {torch.float32: 2.0**-23, torch.float64: 2.0**-52}
 
@@ -45,7 +49,7 @@ def powers(count, exponent):
 
 
 def quietly(weight, rank, **options):
-    """The decomposition as a :class:`factors.Decomposition`, without the warning for want of convergence."""
+    """The :class:`Decomposition`, without the warning for want of convergence."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)
         return decompose([weight], rank, names=[options.pop("name", "")], **options)[0]
@@ -130,7 +134,7 @@ def solve(weight, rank, tol=1e-3, sigma_error=1e-5, **options):
     for method in methods:
         found = quietly(weight, rank, tol=tol, method=method, **options)
         check(weight, found, tol, sigma_error)
-        assert found.converged, f"{method}: residual {found.max_residual:.1e} after {found.passes} passes"
+        assert found.converged, f"{method}: residual {found.certificate.max_residual:.1e} after {found.passes} passes"
     return found
 
 
@@ -356,7 +360,7 @@ def test_a_tolerance_below_rounding_is_not_called_converged(dtype, method):
     found = quietly(weight, 16, tol=1e-12, method=method)
     check(weight, found, 1e-12)
     assert not found.converged
-    assert found.max_residual < 1e-6  # but as good as float32 factors can be
+    assert found.certificate.max_residual < 1e-6  # but as good as float32 factors can be
 
 
 def test_unconverged_warns_or_raises_by_choice_and_names_the_matrix():
@@ -374,7 +378,7 @@ def test_unconverged_warns_or_raises_by_choice_and_names_the_matrix():
 def decomposition(S, residuals, floor, **values):
     values = dict(converged=False, passes=600, method="lanczos", columns=9600, norm=2.0) | values
     U, V = torch.eye(5, len(S)), torch.eye(4, len(S))
-    return factors.Decomposition("layer", U, S, V, residuals, floor=floor, **values)
+    return Decomposition("layer", U, S, V, residuals, floor=floor, **values)
 
 
 @pytest.mark.parametrize(
@@ -396,7 +400,7 @@ def decomposition(S, residuals, floor, **values):
 def test_a_refusal_says_what_was_reached_why_and_the_cure(S, residuals, words):
     item = decomposition(torch.tensor(S), torch.tensor(residuals, dtype=torch.float64), 1e-5)
     with pytest.raises(ConvergenceError) as caught:
-        factors._report_failure([item], 1e-3, "raise")
+        report_failure([item], 1e-3, "raise", stacklevel=2)
     assert f"tol=0.001 for layer ({words}" in str(caught.value)
 
 
@@ -671,7 +675,7 @@ def test_a_bad_seed_is_refused(seed):
 
 def test_a_bad_method_is_refused_with_the_choices():
     choices = "auto, lanczos, gram, full, lowrank, gesvd, gesvdj, gesvdp, gesvda, gesvdr"
-    assert choices.split(", ") == list(factors.METHODS)
+    assert choices.split(", ") == list(SVD_METHODS)
     for wrong in ("svd", "Lanczos", "", None):
         with pytest.raises(ValueError, match=f"method must be one of {choices}, got {wrong!r}"):
             truncated_svd(torch.ones(5, 4), 2, method=wrong)
@@ -792,7 +796,7 @@ def test_the_operator_refuses_what_the_wrapper_would():
 
 STARVED = """
 import resource, torch
-from osora.factors import truncated_svd
+from osora.svd.truncated import truncated_svd
 torch.set_num_threads(3)
 weight = torch.randn(4, 300, 300)
 truncated_svd(weight[:1, :40, :40], 4)
@@ -857,7 +861,7 @@ def test_the_plan_in_advance_is_what_was_done(d, k, r, method):
 
 
 def test_the_plan_knows_the_dtype_the_device_and_the_threads(threads):
-    sizes = {dtype: svd_plan((600, 500), 16, dtype, method="lanczos").bytes for dtype in factors._FLOATS}
+    sizes = {dtype: svd_plan((600, 500), 16, dtype, method="lanczos").bytes for dtype in reference.FLOATS}
     assert sizes[torch.float32] == sizes[torch.bfloat16] == sizes[torch.float16] < sizes[torch.float64]
     on_card = [svd_plan((600, 500), 16, dtype, "cuda:1").bytes for dtype in (torch.bfloat16, torch.float32)]
     assert on_card[1] - on_card[0] == 2 * 600 * 500, "a copy of the weight, in its own dtype"
@@ -911,7 +915,7 @@ def test_subspace_iteration_is_judged_like_the_rest():
     assert found.method == "lowrank"
     found = quietly(hard, 8, method="lowrank")
     check(hard, found)
-    assert not found.converged and found.max_residual > 1e-3
+    assert not found.converged and found.certificate.max_residual > 1e-3
     assert found.passes == quietly(easy, 8, method="lowrank").passes, "one attempt, no repeat in float64"
 
 
@@ -972,6 +976,6 @@ def test_work_on_a_layer_like_matrix_is_bounded():
 
 
 def test_random_key_is_a_stable_function_of_the_name():
-    assert factors.random_key("") == 0
-    assert factors.random_key("a") == factors.random_key("a") != factors.random_key("b")
-    assert factors.random_key("a") == int.from_bytes(bytes.fromhex("ca978112ca1bbdca"), "little", signed=True)
+    assert truncated.random_key("") == 0
+    assert truncated.random_key("a") == truncated.random_key("a") != truncated.random_key("b")
+    assert truncated.random_key("a") == int.from_bytes(bytes.fromhex("ca978112ca1bbdca"), "little", signed=True)

@@ -7,7 +7,7 @@
 
 namespace osora::core {
 
-// The numbers are part of the operator osora::truncated_svd: python/osora/factors.py names them.
+// The numbers are part of the operator osora::truncated_svd: python/osora/svd/arguments.py names them.
 enum class SvdMethod : int64_t {
   kLanczos = 0,  // core/svd.h
   kGram = 1,     // eigenvectors of A^T A

@@ -8,7 +8,7 @@
 namespace osora {
 
 // Inside an operator, ATen calls must neither record a graph nor be re-cast by autocast: the operator's own formula
-// (python/osora/ops.py) covers the first, its caller has settled the dtypes for the second.
+// (osora.ops) covers the first, its caller has settled the dtypes for the second.
 struct OperatorGuard {
   explicit OperatorGuard(const at::Device& device) : device_(device) {}
   at::AutoDispatchBelowADInplaceOrView no_autograd_;

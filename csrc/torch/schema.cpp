@@ -6,7 +6,7 @@
 #include <torch/library.h>
 
 TORCH_LIBRARY(osora, m) {
-  m.set_python_module("osora.ops");  // where the fake kernels and the derivatives live
+  m.set_python_module("osora.ops.osora");  // where the fake kernels and the derivatives live
 
   // D[d, r] = U * (o (S0 + s) + s): the adapter as one matrix, W = W0 + D V^T.
   m.def("fold(Tensor U, Tensor S0, Tensor s, Tensor o) -> Tensor");
@@ -32,6 +32,7 @@ TORCH_LIBRARY(osora, m) {
       "linear_backward(Tensor dy, Tensor h, Tensor? weight, Tensor U, Tensor V, Tensor S0, Tensor s, Tensor o,"
       " bool need_x, bool need_s, bool need_o) -> (Tensor, Tensor, Tensor)");
 
+  m.set_python_module("osora.ops.multi");
   // Row i of x by adapter a = index[i] of A that share U, V and S0; -1 is the base, other numbers are refused on the
   // CPU and give a row of NaN elsewhere. s [A, r], o [A, d]; of adapter a only the first ranks[a] columns count. y_i =
   // x_i W^T + bias + o_a (h_i (S0 + s_a)) U^T + (h_i s_a) U^T with h = x V. No derivative.
@@ -39,9 +40,11 @@ TORCH_LIBRARY(osora, m) {
       "linear_multi(Tensor x, Tensor? weight, Tensor? bias, Tensor U, Tensor V, Tensor S0, Tensor s, Tensor o,"
       " Tensor index, Tensor? ranks=None) -> Tensor");
 
+  m.set_python_module("osora.ops.osora");
   // y[..., d] += (x V) D^T in place, for a base that owns its product (a quantised one)  ->  h[n, r] = x V.
   m.def("linear_add_(Tensor(a!) y, Tensor x, Tensor U, Tensor V, Tensor S0, Tensor s, Tensor o) -> Tensor");
 
+  m.set_python_module("osora.svd.truncated");
   // weights: matrices [d, k] of one shape; keys: one integer per matrix, part of its random stream.
   // -> U [B, d, r], S [B, r], V [B, k, r], residuals [B, r], converged [B] bool, passes [B], method [B], columns [B],
   // Frobenius norms [B], rounding floors [B]. max_memory: bytes beyond the weights and the answer; 0 for no limit.
@@ -55,7 +58,7 @@ TORCH_LIBRARY(osora, m) {
 
   // SORSA. Trained are u [d, r], s [r], v [k, r], the changes of the singular triplets U0, S0, V0; with U = U0 + u and
   // so on, W + U S V^T - U0 S0 V0^T = W + A V0^T + B v^T for A = u S + U0 s and B = U S.
-  m.set_python_module("osora.ops_sorsa");
+  m.set_python_module("osora.ops.sorsa");
   // y[n, d] = x W^T + bias + (x V0) A^T + (x v) B^T and h[n, r] = x V. Without a weight: the adapter's branch alone.
   m.def(
       "sorsa_linear(Tensor x, Tensor? weight, Tensor? bias, Tensor U0, Tensor S0, Tensor V0, Tensor u, Tensor s,"
@@ -69,7 +72,7 @@ TORCH_LIBRARY(osora, m) {
 
   // OSoRA with a materialised weight: W_eff[d, k] = W + D V^T, summed in float32 (float64), rounded once to x's dtype.
   // It is kept and made again when one of its six sources has changed, so that these are functions of their arguments.
-  m.set_python_module("osora.ops_effective");
+  m.set_python_module("osora.ops.materialised");
   // y[n, d] = x W_eff^T + bias and h[n, r] = x V, empty [0] if not needed.
   m.def(
       "linear_effective(Tensor x, Tensor weight, Tensor? bias, Tensor U, Tensor V, Tensor S0, Tensor s, Tensor o,"

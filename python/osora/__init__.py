@@ -1,9 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
 """SVD-initialised fine-tuning that never touches the base weight. Start with README.md or :func:`attach`."""
 
-from osora import ops_sorsa as ops_sorsa  # its operators exist as soon as osora is imported
-from osora._load import _C
-from osora.adapters import (
+from osora import ops as ops  # its operators exist as soon as osora is imported
+from osora._load import extension
+from osora.analysis.changes import ChangeRecorder, Changes, WeightChange, weight_change, weight_changes
+from osora.analysis.plots import plot_changes, plot_spectra
+from osora.config import OsoraConfig, SorsaConfig
+from osora.files.adapter import AdapterError, load_adapter, save_adapter
+from osora.files.card import write_card
+from osora.files.export import export_lora
+from osora.files.info import AdapterInfo, SavedModule, adapter_info
+from osora.files.merge import MergedFolder, merge_saved
+from osora.files.resume import checkpoint_adapters, restore_adapter
+from osora.files.verify import ModuleCheck, Verification, verify_adapter
+from osora.layers.penalty import orthonormality
+from osora.model.adapters import (
     active_adapter,
     adapter_names,
     adapters_in_batch,
@@ -11,28 +22,20 @@ from osora.adapters import (
     remove_adapter,
     set_adapter,
 )
-from osora.analysis import ChangeRecorder, Changes, WeightChange, weight_change, weight_changes
-from osora.card import write_card
-from osora.checkpoint import AdapterError, load_adapter, save_adapter
-from osora.config import OsoraConfig, SorsaConfig
-from osora.counts import ModuleCount, ParameterCount, count_parameters
-from osora.estimate import Estimate, Machine, estimate
-from osora.execution import refresh, set_execution
-from osora.export import export_lora
-from osora.factors import ConvergenceError, SvdPlan, TruncatedSVD, svd_plan, truncated_svd
-from osora.merge import merge, unmerge
-from osora.merge_saved import MergedFolder, merge_saved
-from osora.patch import adapter_parameters, attach, detach, disabled
-from osora.plots import plot_changes, plot_spectra
-from osora.resume import checkpoint_adapters, restore_adapter
-from osora.saved import AdapterInfo, SavedModule, adapter_info
-from osora.sharing import share_base
-from osora.spectrum import Spectrum, rank_for_energy, spectrum
-from osora.summary import Summary, summary
-from osora.training import orthonormality, parameter_groups
-from osora.verify import ModuleCheck, Verification, verify_adapter
+from osora.model.attach import attach, detach, disabled
+from osora.model.cost import Estimate, Machine, estimate
+from osora.model.execution import refresh, set_execution
+from osora.model.merge import merge, unmerge
+from osora.model.numbers import ModuleCount, ParameterCount, Summary, count_parameters, summary
+from osora.model.parameters import adapter_parameters, parameter_groups
+from osora.model.sharing import share_base
+from osora.model.state import adapted_layers
+from osora.svd.certificate import ConvergenceError
+from osora.svd.plan import SvdPlan, svd_plan
+from osora.svd.spectrum import Spectrum, rank_for_energy, spectrum
+from osora.svd.truncated import TruncatedSVD, truncated_svd
 
-build_info = _C.build_info
+build_info = extension.build_info
 __version__ = build_info()["version"]
 
 __all__ = [
@@ -58,6 +61,7 @@ __all__ = [
     "WeightChange",
     "__version__",
     "active_adapter",
+    "adapted_layers",
     "adapter_info",
     "adapter_names",
     "adapter_parameters",

@@ -11,7 +11,7 @@ def _minor(version: str) -> str:
     return ".".join(version.split(".")[:2])
 
 
-def _check_torch(compiled: str, installed: str) -> None:
+def check_torch(compiled: str, installed: str) -> None:
     """Raise when the extension was compiled for another minor version of torch; its binary interface changes there."""
     wanted = _minor(compiled)
     if wanted != _minor(installed):
@@ -25,10 +25,10 @@ def load() -> ModuleType:
     """Import osora._C, which registers torch.ops.osora."""
     try:
         # A file of its own, read first: opening the extension beside another torch can crash the process.
-        _check_torch(import_module("osora._compiled_for").TORCH, torch.__version__)
+        check_torch(import_module("osora._compiled_for").TORCH, torch.__version__)
         return import_module("osora._C")
     except ModuleNotFoundError as error:
         raise ImportError("osora's compiled part is missing: run `pip install .` in its source tree") from error
 
 
-_C = load()
+extension = load()

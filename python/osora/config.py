@@ -259,4 +259,4 @@ class SorsaConfig(AdapterConfig):
         _check_one_of("regularizer", self.regularizer, REGULARIZERS)
 
 
-METHODS: dict[str, type[AdapterConfig]] = {kind.method: kind for kind in (OsoraConfig, SorsaConfig)}
+CONFIGS: dict[str, type[AdapterConfig]] = {kind.method: kind for kind in (OsoraConfig, SorsaConfig)}

@@ -16,10 +16,12 @@ so the base weight W0 is never changed, and o = s = 0 is the base model exactly.
 """
 
 import math
-from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+
+FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+"""Dtypes of weights and factors."""
 
 
 def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -42,11 +44,6 @@ def fold(U: Tensor, S0: Tensor, s: Tensor, o: Tensor) -> Tensor:
     exact = accumulate_dtype(U.dtype)
     start, s, o = S0.to(exact) + s.to(exact), s.to(exact), o.to(exact)
     return (U.to(exact) * (o[:, None] * start + s)).to(U.dtype)
-
-
-def fold_many(U: Sequence[Tensor], S0: Sequence[Tensor], s: Sequence[Tensor], o: Sequence[Tensor]) -> list[Tensor]:
-    """:func:`fold` of many layers: lists of one length, a layer at each place."""
-    return [fold(*layer) for layer in zip(U, S0, s, o, strict=True)]
 
 
 def fold_backward(

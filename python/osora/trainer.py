@@ -15,9 +15,10 @@ from torch import nn
 from transformers import Trainer as _Trainer
 from transformers.utils import logging
 
-from osora.checkpoint import save_adapter
-from osora.patch import adapter_parameters, has_adapter
-from osora.resume import restore_adapter
+from osora.files.adapter import save_adapter
+from osora.files.resume import restore_adapter
+from osora.model.parameters import adapter_parameters
+from osora.model.state import has_adapter
 
 log = logging.get_logger("osora")
 

@@ -15,8 +15,8 @@ from transformers import TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
 import osora
+from osora.finetuning.data import Example
 from osora.finetuning.listener import Listener
-from osora.finetuning.rows import Example
 from osora.finetuning.settings import TrainSettings
 from osora.trainer import Trainer
 
@@ -24,16 +24,18 @@ IGNORED = -100  # a label that has no loss
 _SCHEDULES = {"constant": "constant_with_warmup"}  # by another name in transformers; "constant" leaves out the warm-up
 
 
-class _Told(TrainerCallback):
+class Told(TrainerCallback):
     """Passes steps and losses on, and stops a run whose loss is no number."""
 
     def __init__(self, listener: Listener) -> None:
         self.listener = listener
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Tell the listener."""
         self.listener.step(state.global_step, state.max_steps)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any) -> None:
+        """Tell the listener each loss; stop where one is no finite number."""
         for name, title in (("loss", "loss"), ("eval_loss", "evaluation loss")):
             value = (logs or {}).get(name)
             if value is None:
@@ -180,7 +182,7 @@ def train(
         eval_dataset=None if eval_examples is None else Items(eval_examples),
         data_collator=collate,
         optimizers=(torch.optim.AdamW(osora.parameter_groups(model, **settings.rates)), None),
-        callbacks=[_Told(listener)],
+        callbacks=[Told(listener)],
     )
     trainer.remove_callback(PrinterCallback)
     trainer.save_basis = settings.save_basis

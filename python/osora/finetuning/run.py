@@ -17,16 +17,14 @@ import torch
 from safetensors import SafetensorError
 
 from osora import build_info
-from osora.adapter_file import finish, temporary_beside
-from osora.card import write_card
-from osora.checkpoint import save_adapter
-from osora.counts import count_parameters
-from osora.files import new_folder, refuse_used
+from osora.files.adapter import save_adapter
+from osora.files.card import write_card
+from osora.files.whole import finish, new_folder, refuse_used, temporary_beside
+from osora.finetuning.data import Example, encode_all, read_jsonl
 from osora.finetuning.listener import Listener
-from osora.finetuning.rows import Example, encode_all, read_jsonl
 from osora.finetuning.settings import TrainSettings
-from osora.patch import attach
-from osora.summary import summary
+from osora.model.attach import attach
+from osora.model.numbers import count_parameters, summary
 
 NEEDS = ("transformers", "accelerate", "huggingface_hub")
 ADAPTER, CHECKPOINTS, SETTINGS, REPORT = "adapter", "checkpoints", "settings.json", "report.json"

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from osora.config import METHODS, AdapterConfig
+from osora.config import CONFIGS, AdapterConfig
 
 SUFFIXES = (".yaml", ".yml", ".toml", ".json")
 # What docs/compare.md found to be near the best; there SORSA's is a hundredth of OSoRA's.
@@ -87,7 +87,7 @@ _CHECKS: dict[str, Check] = {
     "output": _path,
     "eval_data": _or_none(_path),
     "max_length": _whole(2),
-    "method": _one_of(*METHODS),
+    "method": _one_of(*CONFIGS),
     "rank": _whole(1),
     "adapter": _options,
     "save_basis": _boolean,
@@ -188,7 +188,7 @@ class TrainSettings:
         if not self.save_basis:
             options = {"tol": 1e-4} | options
         try:
-            return METHODS[self.method].from_dict(options)
+            return CONFIGS[self.method].from_dict(options)
         except (TypeError, ValueError) as error:
             raise type(error)(f"adapter: {error}") from error
 

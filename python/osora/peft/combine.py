@@ -22,13 +22,13 @@ def combine(
     Raises:
         ValueError: the adapters' bases differ in a layer, or their layers or formulas do.
     """
-    layers = [m for m in model.modules() if isinstance(m, AdapterLayer) and any(a in m.has for a in adapters)]
+    layers = [m for m in model.modules() if isinstance(m, AdapterLayer) and any(a in m.adapters for a in adapters)]
     plan = []
     for layer in layers:
-        here = [each for each in adapters if each in layer.has]
+        here = [each for each in adapters if each in layer.adapters]
         layer.settle()
         groups = {first: names for first, names in layer.widest().items() if set(here) & set(names)}
-        formulas = {layer.has[each].formula for each in here}
+        formulas = {layer.adapters[each].formula for each in here}
         ranks = {layer.box("S0")[each].numel() for each in here}
         if len(here) != len(adapters) or not len(groups) == len(formulas) == len(ranks) == 1:
             raise ValueError(
@@ -38,7 +38,7 @@ def combine(
             )
         plan.append((layer, here[0]))
     for layer, first in plan:
-        old = layer.has[first]
+        old = layer.adapters[first]
         layer.add(name, copy.copy(old), layer.box("S0")[first].numel())
         layer.put_basis(name, layer.basis(first))
         with torch.no_grad():

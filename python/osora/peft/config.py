@@ -11,10 +11,11 @@ from peft import PeftConfig
 from torch import nn
 
 from osora import config as native
-from osora.adapter_file import BLOCK, CONFIG_FILE, Description, check_header, described, read_description
 from osora.config import ALL_LINEAR
+from osora.files.format import BLOCK, CONFIG_FILE, Description, check_header, described, read_json
+from osora.files.info import config_of
+from osora.peft import saving
 from osora.peft.registry import peft_type
-from osora.saved import config_of
 
 
 @dataclass
@@ -115,12 +116,18 @@ class AdapterConfig(PeftConfig):
                 unknown, or has a bad value.
             FileNotFoundError: there are no tensors, or only a pickle.
         """
-        folder = Path(pretrained_model_name_or_path, subfolder or "")
-        if (folder / CONFIG_FILE).is_file() and any(folder.glob("adapter_model.*")):
-            description = read_description(folder)
-            check_header(folder, description)
-            config_of(description)  # PEFT would pass over an option that it does not know
         return super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
+
+    @classmethod
+    def from_json_file(cls, path_json_file: str, **kwargs: Any) -> dict[str, Any]:
+        """What :meth:`from_pretrained` reads, checked as it says."""
+        path = Path(path_json_file)
+        contents = read_json(path)
+        if any(path.parent.glob("adapter_model.*")):
+            description = described(contents, path)
+            check_header(path.parent, description)
+            config_of(description)  # PEFT would pass over an option that it does not know
+        return contents
 
     def save_pretrained(self, save_directory: str | os.PathLike[str], **kwargs: Any) -> None:
         """Write ``adapter_config.json``: of an adapter that is in a model, with what its file is checked by.
@@ -128,8 +135,6 @@ class AdapterConfig(PeftConfig):
         Raises:
             ValueError: the adapter has NaN or infinite values, or its parameters are sharded.
         """
-        from osora.peft import saving  # which knows layers
-
         options = self._options()
         if kwargs.get("auto_mapping_dict") is not None:
             options["auto_mapping"] = kwargs["auto_mapping_dict"]

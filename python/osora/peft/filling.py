@@ -6,16 +6,20 @@ from collections.abc import Sequence
 
 import torch
 
-from osora.adapter_file import AdapterError, Description
-from osora.bases import base_weight, dense_weight
-from osora.checkpoint import rank_decomposed
-from osora.evidence import check_bases
-from osora.patch import decompose_targets, rank_note, with_enough
+from osora.files.adapter import rank_decomposed
+from osora.files.evidence import certificate_of, check_bases
+from osora.files.format import AdapterError, Description
+from osora.layers.base_weight import base_weight, dense_weight
+from osora.model.decompose import decompose_targets, rank_note, with_enough
+from osora.model.targets import Target
 from osora.peft.config import AdapterConfig
 from osora.peft.layer import AdapterLayer
-from osora.targets import Target
 
 log = logging.getLogger("osora")
+
+
+def _target(layer: AdapterLayer, rank: int) -> Target:
+    return Target((layer.name,), layer.base_layer, base_weight(layer.base_layer), rank)
 
 
 def empty_basis(layer: AdapterLayer, name: str) -> None:
@@ -34,12 +38,12 @@ def fill(layers: Sequence[AdapterLayer], name: str, config: AdapterConfig) -> No
         wide = [other for other in layer.widest() if other != name and _suits(layer, other, rank, config.tol)]
         if wide:
             U, V, S0 = layer.basis(wide[0])
-            _certify(layer, name, layer.has[wide[0]].certificate)
+            layer.adapters[name].certificate = layer.adapters[wide[0]].certificate
             layer.put_basis(name, (U[:, :rank], V[:, :rank], S0[:rank]))
             _fit(layer, name, config)
         else:
             wanting[layer.name] = layer
-    targets = [Target((key,), layer.base_layer, layer.box("S0")[name].numel()) for key, layer in wanting.items()]
+    targets = [_target(layer, layer.box("S0")[name].numel()) for layer in wanting.values()]
     for target, factors in decompose_targets(
         targets, config.native(), max_memory=None, unconverged="warn", progress=None
     ):
@@ -53,13 +57,8 @@ def fill(layers: Sequence[AdapterLayer], name: str, config: AdapterConfig) -> No
 
 
 def _suits(layer: AdapterLayer, other: str, rank: int, tol: float) -> bool:
-    there = layer.has[other]
-    return there.awaited is None and layer.box("S0")[other].numel() >= rank and there.max_residual <= tol
-
-
-def _certify(layer: AdapterLayer, name: str, certificate: dict) -> None:
-    for key, value in certificate.items():
-        setattr(layer.has[name], key, value)
+    there = layer.adapters[other]
+    return there.awaited is None and layer.box("S0")[other].numel() >= rank and there.certificate.max_residual <= tol
 
 
 def _fit(layer: AdapterLayer, name: str, config: AdapterConfig) -> None:
@@ -68,11 +67,11 @@ def _fit(layer: AdapterLayer, name: str, config: AdapterConfig) -> None:
         return
     U, V, S0 = layer.basis(name)
     norm = torch.linalg.vector_norm(dense_weight(layer.base()).detach(), dtype=torch.float64)
-    rank = with_enough(Target((layer.name,), layer.base_layer, S0.numel()), S0, norm, config.rank_for_energy).rank
+    rank = with_enough(_target(layer, S0.numel()), S0, norm, config.rank_for_energy).rank
     if rank == S0.numel():
         return
     on = [parameter.requires_grad for parameter in layer.deltas(name)]
-    layer.add(name, layer.has[name], rank)
+    layer.add(name, layer.adapters[name], rank)
     layer.put_basis(name, (U[:, :rank], V[:, :rank], S0[:rank]))
     for parameter, requires_grad in zip(layer.deltas(name), on, strict=True):
         parameter.requires_grad_(requires_grad)
@@ -82,7 +81,7 @@ def _fit(layer: AdapterLayer, name: str, config: AdapterConfig) -> None:
 def _disturb(layer: AdapterLayer, name: str) -> None:
     """Random changes of a tenth: of scales around 1, of singular values, of entries of unit vectors."""
     sizes = {"o": 1.0, "s": layer.basis(name)[2], "u": layer.out_features**-0.5, "v": layer.in_features**-0.5}
-    for kind, parameter in zip(layer.has[name].formula.kinds, layer.deltas(name), strict=True):
+    for kind, parameter in zip(layer.adapters[name].formula.kinds, layer.deltas(name), strict=True):
         if not parameter.is_meta:
             parameter.normal_(std=0.1).mul_(sizes[kind])
 
@@ -102,16 +101,13 @@ def await_file(layers: Sequence[AdapterLayer], name: str, config: AdapterConfig,
     if description.save_basis:
         return
     native, there = config.native(), {layer.name: layer for layer in layers}
-    targets = [
-        Target((layer.name,), layer.base_layer, rank_decomposed(item, native))
-        for layer, item in zip(layers, items, strict=True)
-    ]
+    targets = [_target(layer, rank_decomposed(item, native)) for layer, item in zip(layers, items, strict=True)]
     for target, factors in decompose_targets(targets, native, max_memory=None, unconverged="warn", progress=None):
         layer, item = there[target.name], description.modules[target.name]
         layer.put_factors(name, factors.leading(item["rank"]))
-        _certify(layer, name, {key: item[key] for key in layer.has[name].certificate})
+        layer.adapters[name].certificate = certificate_of(item)
         layer.box("S0")[name].fill_(float("nan"))  # it is in the file
-        layer.has[name].rebuilt = True
+        layer.adapters[name].rebuilt = True
 
 
 __all__ = ["await_file", "empty_basis", "fill"]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The adapted linear layer as PEFT wants it; what it computes is :mod:`osora.adapted`'s and :mod:`osora.formulas`'."""
+"""The adapted linear layer as PEFT wants it; what it computes is :mod:`osora.layers`'."""
 
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -12,13 +12,14 @@ from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
 
 from osora import reference
-from osora.adapted import adapted_linear, has_hooks
-from osora.adapter_file import Description
-from osora.bases import base_weight, is_conv1d, is_quantised, oriented_weight
-from osora.factors import Decomposition
-from osora.formulas import Basis, Formula
-from osora.quantised import AsItWas, Kept, kind_of, restore
-from osora.rows import RowAdapters
+from osora.files.format import Description
+from osora.layers.adapted import adapted_linear, has_hooks
+from osora.layers.base_weight import base_weight, dense_weight, is_conv1d, is_quantised, oriented_weight
+from osora.layers.batch import RowAdapters
+from osora.layers.formulas import Basis, Formula
+from osora.layers.kept import KeepsBase, replace_values, uncast
+from osora.peft import loading
+from osora.svd.certificate import Certificate, Decomposition
 
 
 class Change(nn.Module):
@@ -30,6 +31,9 @@ class Change(nn.Module):
         self.weight = nn.Parameter(value)
 
 
+_NONE_YET = Certificate(0.0, 0, True, "")
+
+
 @dataclass
 class Adapter:
     """What a layer knows of one of its adapters beside its tensors."""
@@ -37,26 +41,13 @@ class Adapter:
     formula: Formula
     dropout: float
     save_basis: bool
-    max_residual: float = 0.0
-    passes: int = 0
-    converged: bool = True
-    method: str = ""
-    tol: float = 1e-3
+    tol: float
+    certificate: Certificate = _NONE_YET
     awaited: Description | None = None  # of a file, until its tensors have come and been checked
     rebuilt: bool = False  # whether the basis was computed again for them
 
-    def certify(self, factors: Decomposition) -> None:
-        """Take the certificate of a decomposition."""
-        self.max_residual, self.passes = factors.max_residual, factors.passes
-        self.converged, self.method = factors.converged, factors.method
 
-    @property
-    def certificate(self) -> dict[str, Any]:
-        """As it is in a file."""
-        return {name: getattr(self, name) for name in ("max_residual", "passes", "converged", "method")}
-
-
-class AdapterLayer(nn.Module, BaseTunerLayer):
+class AdapterLayer(KeepsBase, BaseTunerLayer):
     """``y = base_layer(x) + Σ x ΔWᵀ`` over the active adapters.
 
     An adapter's tensors are in containers by its name, as all of PEFT's are: the trained ones in float32 (float64 for a
@@ -77,9 +68,9 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
         self.base_layer = base_layer
         self.name = name
         self.out_features, self.in_features = base_weight(base_layer).shape
-        self.has: dict[str, Adapter] = {}
+        self.adapters: dict[str, Adapter] = {}
         self.batch: Sequence[tuple[RowAdapters, Basis]] | None = None  # within a batch of several adapters
-        self._kept: list[Kept] = []  # the base weight while a merged one stands in its place
+        self._kept = []
         self._disable_adapters = False
         self.merged_adapters = []
         self.frozen_peft_weight_names = {}
@@ -106,29 +97,35 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
 
     def deltas(self, name: str) -> tuple[nn.Parameter, ...]:
         """The trained tensors of an adapter, in the order of its formula's kinds."""
-        return tuple(self.box(kind)[name].weight for kind in self.has[name].formula.kinds)
+        return tuple(self.box(kind)[name].weight for kind in self.adapters[name].formula.kinds)
 
     def trained_kinds(self, name: str) -> dict[str, nn.Parameter]:
         """What an adapter trains here, by kind: nothing where it is not in this layer."""
-        if name not in self.has:
+        if name not in self.adapters:
             return {}
-        formula = self.has[name].formula
+        formula = self.adapters[name].formula
         return {k: t for k, t in zip(formula.kinds, self.deltas(name), strict=True) if k in formula.trained}
 
     def values(self, name: str) -> dict[str, Tensor]:
         """The trained tensors by kind, then S0."""
-        kinds = self.has[name].formula.kinds
+        kinds = self.adapters[name].formula.kinds
         deltas = {kind: t.detach() for kind, t in zip(kinds, self.deltas(name), strict=True)}
         return deltas | {"S0": self.box("S0")[name]}
 
     def delta_factors(self, name: str) -> tuple[Tensor, Tensor]:
         """``(left [d, q], right [k, q])`` with ``ΔW = left rightᵀ``; left in float32 (float64)."""
-        return self.has[name].formula.factors(self.basis(name), self.deltas(name))
+        return self.adapters[name].formula.factors(self.basis(name), self.deltas(name))
+
+    @torch.no_grad()
+    def delta_weight(self, name: str) -> Tensor:
+        """``ΔW`` [out_features, in_features], in float32 (float64 for a float64 base)."""
+        left, right = self.delta_factors(name)
+        return left @ right.to(left.dtype).t()
 
     def put_basis(self, name: str, basis: Basis) -> None:
         """Give an adapter its basis: tensors as they are, so that adapters can share them."""
         for kind, value in zip(("U", "V", "S0"), basis, strict=True):
-            persistent = kind == "S0" or self.has[name].save_basis
+            persistent = kind == "S0" or self.adapters[name].save_basis
             self.box(kind).register_buffer(name, value, persistent=persistent)
 
     def put_factors(self, name: str, factors: Decomposition) -> None:
@@ -136,19 +133,19 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
         weight = base_weight(self.base_layer)
         U, V = (t.detach().to(weight.device, weight.dtype).contiguous() for t in (factors.U, factors.V))
         self.put_basis(name, (U, V, factors.S.detach().to(weight.device, self.exact)))
-        self.has[name].certify(factors)
+        self.adapters[name].certificate = factors.certificate
 
     def add(self, name: str, adapter: Adapter, rank: int, fill: float = 0.0) -> None:
         """Make the trained tensors of a new adapter, all ``fill``; its basis comes with one of the two above."""
         device = base_weight(self.base_layer).device
-        self.has[name] = adapter
+        self.adapters[name] = adapter
         for kind, shape in adapter.formula.shapes(self.out_features, self.in_features, rank).items():
             self.box(kind)[name] = Change(torch.full(shape, fill, dtype=self.exact, device=device))
 
     def widest(self) -> dict[str, list[str]]:
         """Adapters by the memory of their basis; in each group the one of largest rank comes first."""
         groups: dict[tuple[int, int], list[str]] = {}
-        for name in self.has:
+        for name in self.adapters:
             U, V, _ = self.basis(name)
             if not U.is_meta:
                 groups.setdefault((U.data_ptr(), V.data_ptr()), []).append(name)
@@ -181,15 +178,13 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
 
     def settle(self) -> None:
         """Check what has come from files. Raises osora.AdapterError."""
-        from osora.peft import loading  # which knows this layer
-
-        for name, adapter in self.has.items():
+        for name, adapter in self.adapters.items():
             if adapter.awaited is not None:
                 loading.check_arrived(self, name)
 
     def penalised(self, adapter: str) -> list[tuple[nn.Parameter, Tensor]]:
-        """Factors under SORSA's penalty, each with its start; see :mod:`osora.regularizer`."""
-        return self.has[adapter].formula.penalised(self.basis(adapter), self.deltas(adapter))  # type: ignore[return-value]
+        """Factors under SORSA's penalty, each with its start; see :mod:`osora.layers.penalty`."""
+        return self.adapters[adapter].formula.penalised(self.basis(adapter), self.deltas(adapter))  # type: ignore[return-value]
 
     # -- what PEFT calls --
 
@@ -201,14 +196,14 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
             return self.base_layer(x, *args, **kwargs)
         if self.batch is not None:
             return self._row_by_row(x)
-        active = [name for name in self.active_adapters if name in self.has]
+        active = [name for name in self.active_adapters if name in self.adapters]
         if self._kept or not active:
             return self.base_layer(x, *args, **kwargs)
-        if any(self.has[name].awaited is not None for name in active):
+        if any(self.adapters[name].awaited is not None for name in active):
             self.settle()
         y = None
         for name in active:
-            adapter, basis, deltas = self.has[name], self.basis(name), self.deltas(name)
+            adapter, basis, deltas = self.adapters[name], self.basis(name), self.deltas(name)
             dropout = adapter.dropout if self.training else 0.0
             if y is None:
                 y = adapted_linear(self.base_layer, x, adapter.formula, basis, deltas, dropout)
@@ -234,7 +229,7 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
     def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
         """Make adapters the active ones, trainable unless ``inference_mode``; the others are frozen."""
         names = [adapter_names] if isinstance(adapter_names, str) else list(dict.fromkeys(adapter_names))
-        for name, adapter in self.has.items():
+        for name, adapter in self.adapters.items():
             for kind in adapter.formula.kinds:
                 on = name in names and not inference_mode and kind in adapter.formula.trained
                 self.box(kind)[name].requires_grad_(on)
@@ -243,8 +238,8 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
     def set_requires_grad(self, adapter_names: str | Iterable[str], requires_grad: bool = True) -> None:
         """Train or freeze adapters, active or not; of each what its formula trains."""
         names = {adapter_names} if isinstance(adapter_names, str) else set(adapter_names)
-        for name in names & set(self.has):
-            formula = self.has[name].formula
+        for name in names & set(self.adapters):
+            formula = self.adapters[name].formula
             for kind in formula.kinds:
                 self.box(kind)[name].requires_grad_(requires_grad and kind in formula.trained)
 
@@ -252,15 +247,13 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
         """Forget an adapter. Raises ValueError while it is merged."""
         if adapter_name in self.merged_adapters:
             raise ValueError(f"adapter {adapter_name!r} is merged: call unmerge_adapter() before deleting it")
-        self.has.pop(adapter_name, None)
+        self.adapters.pop(adapter_name, None)
         super().delete_adapter(adapter_name)
 
     def get_delta_weight(self, adapter: str) -> Tensor:
         """``ΔW`` in the layout of the base weight, in float32 (float64 for a float64 base)."""
         self.settle()
-        with torch.no_grad():
-            left, right = self.delta_factors(adapter)
-            delta = left @ right.to(left.dtype).t()
+        delta = self.delta_weight(adapter)
         return delta.t() if is_conv1d(self.base_layer) else delta
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
@@ -268,10 +261,6 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
         return True
 
     # -- merging --
-
-    def base(self) -> Any:
-        """The base layer or, while a merged weight is in it, what it was, for the functions of osora.bases."""
-        return AsItWas(self.base_layer, self._kept[0]) if self._kept else self.base_layer
 
     @torch.no_grad()
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
@@ -284,30 +273,26 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
         """
         if self.batch is not None:
             raise ValueError("merging is not possible within a batch of several adapters")
-        if not self.has:
+        if not self.adapters:
             return
-        new = [name for name in dict.fromkeys(check_adapters_to_merge(self, adapter_names)) if name in self.has]
+        new = [name for name in dict.fromkeys(check_adapters_to_merge(self, adapter_names)) if name in self.adapters]
         if not new:
             return
-        if (kind := kind_of(self.base_layer)) is not None:
-            raise ValueError(
-                f"{self.name}: the base weight is quantised ({kind.name(self.base_layer)}), and merging would round "
-                "most of the adapter away: run it unmerged, or load the adapter natively (osora.load_adapter) and call "
-                "osora.merge(model, requantize=True)"
-            )
-        base = self._kept[0].weight if self._kept else self.base_layer.weight
-        assert isinstance(base, nn.Parameter)
-        total = base.to(self.exact)
+        self.settle()
+        self.refuse_quantised(
+            f"run {self.name} unmerged, or load the adapter natively (osora.load_adapter) and call "
+            "osora.merge(model, requantize=True)"
+        )
+        total = dense_weight(self.base()).to(self.exact)
         for name in [*self.merged_adapters, *new]:
-            total = total + self.get_delta_weight(name)
-        merged = total.to(base.dtype)
-        if not bool(merged.isfinite().all()):
+            total = total + self.delta_weight(name)
+        try:
+            self.put_merged(total)
+        except ValueError as error:  # in PEFT's words
             raise ValueError(
-                f"{self.name}: NaNs detected in the merged weights (or infinite ones, in {base.dtype}). The adapter "
-                f"{', '.join(new)} seems to be broken"
-            )
-        self.base_layer.weight = nn.Parameter(merged.contiguous(), requires_grad=False)
-        self._kept = [Kept(base)]
+                f"{self.name}: NaNs detected in the merged weights ({error}). The adapter {', '.join(new)} seems to be "
+                "broken"
+            ) from error
         self.merged_adapters = [*self.merged_adapters, *new]
 
     def unmerge(self) -> None:
@@ -315,17 +300,17 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
         if not self._kept:
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
             return
-        restore(self.base_layer, self._kept.pop())
+        self.put_back()
         self.merged_adapters = []
 
     # -- moves and copies --
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
         """Device alone: PEFT's own would round what is trained to the base weight's dtype."""
-        if adapter_name not in self.has:
+        if adapter_name not in self.adapters:
             return
         device = self.base_layer.weight.device if device is None else device  # type: ignore[assignment]
-        for kind in self.has[adapter_name].formula.kinds:
+        for kind in self.adapters[adapter_name].formula.kinds:
             change = self.box(kind)[adapter_name]
             if not change.weight.is_meta and change.weight.device != device:
                 change.to(device)
@@ -336,10 +321,9 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
         """As of any module, but the kept base follows, S0 and changes lose no digit, and bases stay shared."""
         if self.batch is not None:
             raise RuntimeError("a model cannot be moved or cast within a batch of several adapters")
-        before = {name: self.values(name) for name in self.has}
+        before = {name: self.values(name) for name in self.adapters}
         shared = self.widest()
-        for kept in self._kept:
-            kept.weight.data = fn(kept.weight.data)
+        self.move_kept(fn)
         super()._apply(fn, recurse)
         for name, values in before.items():
             self._restore(name, values)
@@ -355,15 +339,12 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
         exact = self.exact
         for kind, old in before.items():
             now = self.box("S0")[name] if kind == "S0" else self.box(kind)[name].weight
-            if now.dtype == old.dtype == exact or now.is_meta or old.is_meta:
+            if (value := uncast(now, old, exact)) is None:
                 continue
-            value = old.to(device=now.device, dtype=exact)
             if kind == "S0":
                 self.box("S0").register_buffer(name, value)
             else:
-                grad, now.grad = now.grad, None  # a gradient of another dtype would refuse the assignment
-                now.data = value
-                now.grad = None if grad is None else grad.to(exact)
+                replace_values(now, value)
 
     def __getstate__(self) -> dict[str, Any]:
         """For copies and pickles, which are of the layer outside of any batch."""
@@ -371,7 +352,7 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
 
     def extra_repr(self) -> str:
         """Sizes and ranks, for ``print(model)``."""
-        ranks = {name: self.box("S0")[name].numel() for name in self.has}
+        ranks = {name: self.box("S0")[name].numel() for name in self.adapters}
         merged = f", merged={self.merged_adapters}" if self._kept else ""
         return f"in_features={self.in_features}, out_features={self.out_features}, rank={ranks}{merged}"
 

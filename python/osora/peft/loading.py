@@ -1,13 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
 """From a file into a layer: PEFT fills the tensors, and here they are checked before they are used."""
 
+from __future__ import annotations
+
 from collections.abc import Iterable
+from typing import TYPE_CHECKING
 
 import torch
 
-from osora.adapter_file import TENSOR_FILE, AdapterError, check_values
-from osora.evidence import check_rebuilt, check_stored
-from osora.peft.layer import AdapterLayer
+from osora.files.evidence import check_rebuilt, check_stored
+from osora.files.format import TENSOR_FILE, AdapterError, check_values
+
+if TYPE_CHECKING:
+    from osora.peft.layer import AdapterLayer
 
 
 def has_arrived(layer: AdapterLayer, name: str) -> bool:
@@ -17,7 +22,7 @@ def has_arrived(layer: AdapterLayer, name: str) -> bool:
 
 def check_arrived(layer: AdapterLayer, name: str) -> None:
     """Raise AdapterError unless the layer's tensors are those of the file that it waits for; then wait no more."""
-    adapter = layer.has[name]
+    adapter = layer.adapters[name]
     description = adapter.awaited
     assert description is not None
     if not has_arrived(layer, name):
@@ -50,7 +55,7 @@ def check_arrived(layer: AdapterLayer, name: str) -> None:
 
 def settle(layers: Iterable[AdapterLayer], name: str) -> bool:
     """Check an adapter in all of its layers, if it has come in any. Whether it has; raises AdapterError."""
-    waiting = [layer for layer in layers if layer.has[name].awaited is not None]
+    waiting = [layer for layer in layers if layer.adapters[name].awaited is not None]
     if not any(has_arrived(layer, name) for layer in waiting):
         return False
     for layer in waiting:

@@ -10,9 +10,13 @@ from typing import Any, ClassVar
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from torch import nn
 
-from osora.adapter_file import AdapterError, Description
 from osora.config import ALL_LINEAR
-from osora.formulas import formula_of
+from osora.files.evidence import certificate_of
+from osora.files.format import AdapterError, Description
+from osora.layers.formulas import formula_of
+from osora.layers.penalty import Penalty
+from osora.layers.quantised import allow_packing, keep_order
+from osora.model.targets import check_rank_pattern
 from osora.peft import loading
 from osora.peft.batch import rows_of_adapters
 from osora.peft.combine import combine
@@ -21,10 +25,7 @@ from osora.peft.filling import await_file, empty_basis, fill
 from osora.peft.layer import Adapter, AdapterLayer, OsoraLinear, SorsaLinear
 from osora.peft.rollback import Before, put_originals
 from osora.peft.saving import layers_of
-from osora.peft.which import Surroundings, matches
-from osora.quantised import allow_packing, keep_order
-from osora.regularizer import Penalty
-from osora.targets import check_rank_pattern
+from osora.peft.targets import Surroundings, matches
 
 # Attributes of the model without PEFT around it.
 _PENALTIES = "_osora_penalties"  # adapter's name -> its penalty
@@ -95,7 +96,7 @@ class AdapterModel(BaseTuner):
         """SORSA's penalty counts as long as it lives, which is as long as the model has the adapter."""
         penalties = model.__dict__.setdefault(_PENALTIES, {})
         penalties.pop(name, None)
-        if any(layer.has[name].formula.penalised(layer.basis(name), layer.deltas(name)) for layer in layers):
+        if any(layer.adapters[name].formula.penalised(layer.basis(name), layer.deltas(name)) for layer in layers):
             penalties[name] = Penalty(layers, name, config.gamma, config.regularizer)  # type: ignore[arg-type]
 
     def _create_and_replace(  # type: ignore[override]
@@ -129,8 +130,7 @@ class AdapterModel(BaseTuner):
                     f"{[layer.out_features, layer.in_features]}"
                 )
             adapter.awaited, adapter.save_basis = description, description.save_basis
-            for key in ("max_residual", "passes", "converged", "method"):
-                setattr(adapter, key, item[key])
+            adapter.certificate = certificate_of(item)
             layer.add(adapter_name, adapter, item["rank"], fill=float("nan"))
         self._made.append((layer, is_new))
         empty_basis(layer, adapter_name)
@@ -175,9 +175,9 @@ class AdapterModel(BaseTuner):
         """Remove an adapter that could not be completed, layers that have no other, and whole modules of its own."""
         put_originals(model, name)
         for key, layer in list(layers_of(model, name).items()):
-            layer.has.pop(name)
+            layer.adapters.pop(name)
             BaseTunerLayer.delete_adapter(layer, name)
-            if not layer.has:
+            if not layer.adapters:
                 parent, _, last = key.rpartition(".")
                 setattr(model.get_submodule(parent), last, layer.base_layer)
         if (before := self.__dict__.get("_befores", {}).pop(name, None)) is not None:
@@ -240,7 +240,7 @@ class AdapterModel(BaseTuner):
 
     def _unload(self, merge: bool, layers: list[AdapterLayer], kwargs: dict[str, Any]) -> Any:
         for layer in layers:  # merged already: PEFT's own call finds nothing to do
-            layer.has.clear()
+            layer.adapters.clear()
             layer.set_adapter([])
         plain = super()._unload_and_optionally_merge(merge=merge, **kwargs)
         self._forget(self.model)  # PEFT 0.18 leaves peft_config there
@@ -317,7 +317,7 @@ class OsoraModel(AdapterModel):
 
 
 class SorsaModel(AdapterModel):
-    """SORSA for PEFT. The steps of optimisers add the penalty's gradient (:mod:`osora.regularizer`)."""
+    """SORSA for PEFT. The steps of optimisers add the penalty's gradient (:mod:`osora.layers.penalty`)."""
 
     prefix = "sorsa_"
     tuner_layer_cls = SorsaLinear

@@ -14,9 +14,9 @@ from typing import Any
 from peft import PeftConfig, PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 
-from osora.adapter_file import AdapterError, Description
-from osora.evidence import check_bases
-from osora.formulas import formula_of
+from osora.files.evidence import certificate_of, check_bases
+from osora.files.format import AdapterError, Description
+from osora.layers.formulas import formula_of
 from osora.peft.config import AdapterConfig
 from osora.peft.layer import AdapterLayer
 from osora.peft.loading import check_arrived
@@ -68,7 +68,7 @@ def _check_fits(
     for key, layer in layers.items():
         item = description.modules[key]
         theirs = item["out_features"], item["in_features"], item["rank"], formula
-        own = layer.out_features, layer.in_features, layer.box("S0")[name].numel(), layer.has[name].formula
+        own = layer.out_features, layer.in_features, layer.box("S0")[name].numel(), layer.adapters[name].formula
         if theirs != own:
             raise AdapterError(
                 f"{source}: {key} is {theirs} (out_features, in_features, rank, formula), and that of {name!r} is "
@@ -86,21 +86,20 @@ def _replaced(model: PeftModel, name: str, description: Description) -> Iterator
     config: Any = model.peft_config[name]
     state = get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
     state, mode = {key: tensor.detach().clone() for key, tensor in state.items()}, model.training
-    before = {key: copy.copy(layer.has[name]) for key, layer in layers.items()}
+    before = {key: copy.copy(layer.adapters[name]) for key, layer in layers.items()}
     for layer in layers.values():
-        adapter = layer.has[name]
+        adapter = layer.adapters[name]
         adapter.awaited, adapter.rebuilt = description, not (description.save_basis and adapter.save_basis)
     config.__dict__["_replacing"] = True
     try:
         yield
         for key, layer in layers.items():
             check_arrived(layer, name)
-            if not layer.has[name].rebuilt:
-                for what in layer.has[name].certificate:
-                    setattr(layer.has[name], what, description.modules[key][what])
+            if not layer.adapters[name].rebuilt:
+                layer.adapters[name].certificate = certificate_of(description.modules[key])
     except BaseException:
         for key, layer in layers.items():
-            layer.has[name] = before[key]
+            layer.adapters[name] = before[key]
         set_peft_model_state_dict(model, state, adapter_name=name)
         for layer in layers.values():
             layer.share(name)

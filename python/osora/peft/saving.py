@@ -1,26 +1,33 @@
 # SPDX-License-Identifier: Apache-2.0
 """``save_pretrained``: what osora adds to what PEFT writes."""
 
+from __future__ import annotations
+
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from osora.adapter_file import BLOCK, METHODS, TENSOR_FILE, block_of, finish, temporary_beside, write_config
-from osora.evidence import describe
-from osora.peft.config import AdapterConfig
+from osora.files.evidence import describe
+from osora.files.format import CONFIG_FILE, FILE_METHODS, TENSOR_FILE, Description, write_config
+from osora.files.whole import finish, temporary_beside
 from osora.peft.layer import AdapterLayer
+
+if TYPE_CHECKING:
+    from osora.peft.config import AdapterConfig
 
 
 def layers_of(model: nn.Module, adapter: str) -> dict[str, AdapterLayer]:
     """Name → layer that an adapter is in, in the model's order."""
     return {
-        name: layer for name, layer in model.named_modules() if isinstance(layer, AdapterLayer) and adapter in layer.has
+        name: layer
+        for name, layer in model.named_modules()
+        if isinstance(layer, AdapterLayer) and adapter in layer.adapters
     }
 
 
@@ -43,7 +50,9 @@ def save(config: AdapterConfig, options: dict[str, Any], folder: Path) -> None:
         modules = list(pool.map(lambda item: _describe(item[0], item[1], adapter), layers.items()))
     if (folder / TENSOR_FILE).is_file():
         _mend(folder / TENSOR_FILE, config, model, adapter, layers)
-    write_config(folder, options | {BLOCK: block_of(modules, config.save_basis)})
+    named = {module["name"]: module for module in modules}
+    method = FILE_METHODS[config.method.upper()]
+    write_config(folder, Description(folder / CONFIG_FILE, method, options, config.save_basis, named).contents())
 
 
 def _check(name: str, layer: AdapterLayer, adapter: str) -> None:
@@ -67,7 +76,7 @@ def _describe(name: str, layer: AdapterLayer, adapter: str) -> dict[str, Any]:
         layer.basis(adapter),
         layer.delta_factors(adapter),
         layer.values(adapter),
-        layer.has[adapter].certificate,
+        layer.adapters[adapter].certificate,
     )
 
 
@@ -91,7 +100,7 @@ def _mend(
     path: Path, config: AdapterConfig, model: nn.Module, adapter: str, layers: Mapping[str, AdapterLayer]
 ) -> None:
     """Make the file hold what it should, if it does not: PEFT 0.18 writes all adapters' tensors into each file."""
-    method = METHODS[config.method.upper()]
+    method = FILE_METHODS[config.method.upper()]
     kinds = (*method.values, *(("U", "V") if config.save_basis else ()))
     own = {method.key(name, kind) for name in layers for kind in kinds}
     biases = _biases(config, model, layers)

@@ -16,8 +16,10 @@ from typing import Any
 
 from peft import PeftModel
 
-from osora.adapter_file import CONFIG_FILE, finish, read_description
-from osora.card import CARD_FILE, keep_card
+from osora.files.card import CARD_FILE, keep_card
+from osora.files.format import CONFIG_FILE, read_description
+from osora.files.info import config_of, info_of
+from osora.files.whole import finish
 from osora.peft.config import AdapterConfig
 
 _MARK = "_osora_whole_files"
@@ -69,7 +71,8 @@ def _whole(save_pretrained: Callable[..., None]) -> Callable[..., None]:
             save_pretrained(*given.args, **given.kwargs)
             for place in places:
                 description = read_description(new / place)
-                keep_card(new / place, description, with_peft=True, add_section=place not in cards)
+                info = info_of(new / place, description, config_of(description))
+                keep_card(info, with_peft=True, add_section=place not in cards)
             _rename(new, folder)
 
     setattr(save, _MARK, True)

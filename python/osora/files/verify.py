@@ -1,0 +1,126 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Whether a saved adapter belongs to a base on disk, and whether its basis is what it claims to be."""
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from osora.files.adapter import load_adapter
+from osora.files.base_folder import BaseFolder
+from osora.files.fingerprint import rounding_unit, weight_digest
+from osora.files.format import DTYPES
+from osora.files.info import SavedModule, adapter_info
+from osora.layers.adapted import AdaptedLinear
+from osora.layers.base_weight import oriented_weight
+from osora.model.state import osora_layers
+from osora.svd.plan import rounding_floor
+
+
+@dataclass(frozen=True)
+class ModuleCheck:
+    """What one layer's basis is, measured in float64 against the base weight."""
+
+    name: str
+    key: str
+    """The weight's name in the checkpoint."""
+    same_bits: bool
+    """Whether the weight has the values it had at training, to the last bit; else it was rounded to another dtype."""
+    residual: float
+    """The largest ``‖Wᵀuᵢ − σᵢvᵢ‖ / σᵢ``."""
+    certified: float
+    """What the file says that it is."""
+    allowed: float
+    """The certified residual, and what rounding the vectors to the weight's dtype adds."""
+    orthonormal: float
+    """The largest entry of ``UᵀU − 1`` and ``VᵀV − 1``."""
+
+    @property
+    def ok(self) -> bool:
+        """Whether the basis is as exact as it claims to be."""
+        return self.residual <= self.allowed
+
+
+@dataclass(frozen=True)
+class Verification:
+    """What :func:`verify_adapter` found."""
+
+    folder: Path
+    base: Path
+    modules: tuple[ModuleCheck, ...]
+
+    @property
+    def ok(self) -> bool:
+        """Whether every layer's basis is as exact as it claims to be."""
+        return all(module.ok for module in self.modules)
+
+    @property
+    def residual(self) -> float:
+        """The largest of all layers."""
+        return max(module.residual for module in self.modules)
+
+
+def _largest_entry(basis: Tensor) -> float:
+    gram = basis.t() @ basis
+    return float((gram - torch.eye(len(gram), dtype=gram.dtype)).abs().max())
+
+
+def _check(saved: SavedModule, key: str, layer: AdaptedLinear) -> ModuleCheck:
+    weight = oriented_weight(layer.base_layer).detach()
+    U, V, S0 = (t.double() for t in layer.basis())
+    # Rounding u and v by a unit moves the residual by a unit of σ₁ and of σᵢ, over σᵢ; four of each is never reached.
+    # Below the rounding floor a residual may be as large as the floor. A weight of zeros has residuals of 0.
+    largest = float(S0.max())
+    floor = rounding_floor(weight.shape, weight.dtype) * largest
+    above = S0[S0 > floor]
+    least = max(float(above.min()) if above.numel() else 0.0, 1e-30 * largest, 1e-300)
+    unit = max(rounding_unit(dtype) for dtype in (layer.U.dtype, DTYPES[saved.dtype]))
+    allowed = saved.max_residual * (1 + 1e-3) + 4 * unit * (largest / least + 1)
+    off = torch.linalg.vector_norm(weight.double().t() @ U - V * S0, dim=0)
+    off = torch.where(S0 > floor, off, (off - floor).clamp_min(0))
+    residual = float((off / S0.clamp_min(least)).max())
+    orthonormal = max(_largest_entry(U), _largest_entry(V))
+    same_bits = weight_digest(weight) == saved.weight_sha256
+    return ModuleCheck(saved.name, key, same_bits, residual, saved.max_residual, allowed, orthonormal)
+
+
+def verify_adapter(
+    folder: str | os.PathLike[str],
+    base: str | os.PathLike[str],
+    *,
+    max_memory: int | None = None,
+    progress: bool | None = None,
+) -> Verification:
+    """Check an adapter against its base on disk: all that loading checks, and the certificate of the SVD anew.
+
+    The model is not loaded; one weight is in memory at a time, in float64.
+
+    Args:
+        folder: what :func:`osora.save_adapter` wrote.
+        base: folder of the checkpoint in safetensors files.
+        max_memory: bytes that computing a basis again may take, as for :func:`osora.attach`.
+        progress: a progress bar while a basis is computed again; by default only on a terminal.
+
+    Returns:
+        What was measured. Its ``ok`` is False where a stored basis is less exact than its certificate.
+
+    Raises:
+        FileNotFoundError: no adapter, or no base folder.
+        AdapterError: a damaged adapter; another base; what :func:`osora.load_adapter` refuses.
+        ValueError: ``base`` is no checkpoint in safetensors files.
+    """
+    info = adapter_info(folder)
+    checkpoint = BaseFolder(base)
+    places = checkpoint.places(info)
+    model = load_adapter(checkpoint.stand_in(places), folder, max_memory=max_memory, progress=progress)
+    layers = osora_layers(model)
+    return Verification(
+        Path(folder),
+        Path(base),
+        tuple(_check(module, places[module.name].key, layers[module.name]) for module in info.modules),
+    )
+
+
+__all__ = ["ModuleCheck", "Verification", "verify_adapter"]

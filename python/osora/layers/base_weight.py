@@ -1,0 +1,59 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A base layer's weight, however the layer stores it: as [out, in], as Conv1D's [in, out], or quantised."""
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from osora.layers.quantised import AsItWas, kind_of
+
+
+class BaseWeight(NamedTuple):
+    """What a weight is, without its values."""
+
+    shape: tuple[int, int]
+    """(out_features, in_features)."""
+    dtype: torch.dtype
+    """The dtype that an adapter's basis is kept in: the weight's, or that of the weight before it was quantised."""
+    stored: torch.dtype
+    """The dtype of the matrix that :func:`dense_weight` gives: float32 for a quantised one."""
+    device: torch.device
+
+    @property
+    def numel(self) -> int:
+        """Entries."""
+        return self.shape[0] * self.shape[1]
+
+
+def is_conv1d(module: Any) -> bool:
+    """Whether it is GPT-2's ``Conv1D`` of transformers: a linear layer that stores its weight as [in, out]."""
+    kind = module.of if isinstance(module, AsItWas) else type(module)
+    return kind.__name__ == "Conv1D" and kind.__module__.startswith("transformers.")
+
+
+def oriented_weight(module: Any) -> Tensor:
+    """The weight of a layer that is not quantised, as [out_features, in_features]: a view for ``Conv1D``."""
+    weight = module.weight
+    assert isinstance(weight, Tensor)
+    return weight.t() if is_conv1d(module) else weight
+
+
+def is_quantised(module: Any) -> bool:
+    """Whether the weight is quantised in a way that is known."""
+    return kind_of(module) is not None
+
+
+def base_weight(module: Any) -> BaseWeight:
+    """What the weight is; cheap."""
+    if (kind := kind_of(module)) is not None:
+        return BaseWeight(kind.shape(module), kind.dtype(module), torch.float32, module.weight.device)
+    weight = oriented_weight(module)
+    d, k = weight.shape
+    return BaseWeight((d, k), weight.dtype, weight.dtype, weight.device)
+
+
+def dense_weight(module: Any) -> Tensor:
+    """[out_features, in_features]: the weight itself; of a quantised one what it stands for, a new tensor."""
+    kind = kind_of(module)
+    return oriented_weight(module) if kind is None else kind.dense(module)

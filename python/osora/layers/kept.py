@@ -1,0 +1,76 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A merged weight in the base weight's place, and back: the native layer's way, and that of PEFT's."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from osora.layers.base_weight import is_conv1d, is_quantised
+from osora.layers.quantised import AsItWas, Kept, kind_of, restore
+
+
+class KeepsBase(nn.Module):
+    """A layer around a ``base_layer``, whose own weight it keeps as long as a merged one stands in its place."""
+
+    base_layer: nn.Module
+    _kept: list[Kept]  # one while the layer is merged
+
+    def base(self) -> Any:
+        """The base layer or, while a merged weight is in it, what it was, for whoever reads a base weight."""
+        return AsItWas(self.base_layer, self._kept[0]) if self._kept else self.base_layer
+
+    def refuse_quantised(self, cure: str) -> None:
+        """Raise ValueError where the base is quantised, so that merging would round most of an adapter away."""
+        if (kind := kind_of(self.base_layer)) is not None:
+            raise ValueError(
+                f"the base weight is quantised ({kind.name(self.base_layer)}), and merging would round most of the "
+                f"adapter away: {cure}"
+            )
+
+    def put_merged(self, total: Tensor) -> None:
+        """Put a sum [out_features, in_features], rounded once, in the base weight's place; quantised where that is.
+
+        Raises:
+            ValueError: NaN or infinite entries, in the base weight's dtype; nothing is changed then.
+        """
+        if (kind := kind_of(self.base_layer)) is not None:
+            if not bool(total.isfinite().all()):
+                raise ValueError("merging gives NaN or infinite weights")
+            self._kept.append(kind.replace(self.base_layer, total))
+            return
+        own = self._kept[0].weight if self._kept else self.base_layer.weight
+        assert isinstance(own, nn.Parameter)
+        merged = total.to(own.dtype)
+        if not bool(merged.isfinite().all()):
+            raise ValueError(f"merging gives NaN or infinite weights in {own.dtype}")
+        if is_conv1d(self.base_layer):
+            merged = merged.t()
+        self.base_layer.weight = nn.Parameter(merged.contiguous(), requires_grad=False)
+        self._kept[:] = [Kept(own)]
+
+    def put_back(self) -> None:
+        """Put the kept base weight back: the same tensor, bit for bit."""
+        restore(self.base_layer, self._kept.pop())
+
+    def move_kept(self, fn: Callable[[Tensor], Tensor]) -> None:
+        """Have the kept weight follow where ``nn.Module._apply(fn)`` moves the others. Raises RuntimeError."""
+        for kept in self._kept:
+            if is_quantised(self.base_layer):
+                raise RuntimeError("a model merged with requantize=True cannot be moved: call osora.unmerge first")
+            kept.weight.data = fn(kept.weight.data)
+
+
+def uncast(now: Tensor, before: Tensor, exact: torch.dtype) -> Tensor | None:
+    """``before`` in ``exact`` where ``now`` is, if a cast has taken digits of it; else None."""
+    if now.dtype == before.dtype == exact or (before.is_meta and not now.is_meta):
+        return None
+    return before.to(device=now.device, dtype=exact)
+
+
+def replace_values(parameter: nn.Parameter, values: Tensor) -> None:
+    """Give a parameter values of another dtype; its gradient follows."""
+    grad, parameter.grad = parameter.grad, None  # a gradient of another dtype would refuse the assignment
+    parameter.data = values
+    parameter.grad = None if grad is None else grad.to(values.dtype)

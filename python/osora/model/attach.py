@@ -1,0 +1,161 @@
+# SPDX-License-Identifier: Apache-2.0
+"""An adapter's way into a model and out of it: decompose, wrap, freeze; and all of it back."""
+
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+
+from torch import nn
+
+from osora.config import AdapterConfig, OsoraConfig
+from osora.layers.adapted import DEFAULT, AdaptedLinear
+from osora.layers.formulas import formula_of
+from osora.layers.linears import make_layer
+from osora.layers.quantised import allow_packing, keep_order
+from osora.model.decompose import decompose_targets, kept, notes_of
+from osora.model.merge import merge_layers
+from osora.model.state import (
+    AdapterState,
+    State,
+    adapted_layers,
+    check_new_name,
+    forget,
+    osora_layers,
+    refuse_if_adapted,
+    remember,
+    state_of,
+)
+from osora.model.targets import Target, find_targets, uncompiled
+from osora.svd.certificate import Unconverged
+
+
+def _replace(model: nn.Module, names: Iterable[str], module: nn.Module) -> None:
+    for name in names:
+        parent, _, last = name.rpartition(".")
+        setattr(uncompiled(model).get_submodule(parent), last, module)
+
+
+Layers = list[tuple[Target, AdaptedLinear]]
+
+
+def install(model: nn.Module, layers: Layers, name: str, adapter: AdapterState) -> None:
+    """Wrap the targets in their finished layers and freeze everything else: the model's first adapter."""
+    required_grad = {name: p.requires_grad for name, p in uncompiled(model).named_parameters()}
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    for target, layer in layers:
+        _replace(model, target.names, layer)
+    remember(model, State(required_grad, name, {name: adapter}, keep_order(model)))
+    adapter.begin(model, name)
+
+
+def install_beside(model: nn.Module, layers: Layers, name: str, adapter: AdapterState) -> None:
+    """A further adapter, which waits: ``layers`` are the new ones; those that were there have its o and s already."""
+    for target, layer in layers:
+        layer.select_adapter(None)
+        layer.requires_grad_(False)
+        _replace(model, target.names, layer)
+    state_of(model).adapters[name] = adapter
+    adapter.begin(model, name)
+
+
+def unwrap(model: nn.Module, layers: Iterable[AdaptedLinear]) -> None:
+    """Put their base layers back in their places, under every name they have."""
+    identities = {id(layer) for layer in layers}
+    for name, module in list(uncompiled(model).named_modules(remove_duplicate=False)):
+        if isinstance(module, AdaptedLinear) and id(module) in identities:
+            _replace(model, [name], module.base_layer)
+
+
+def attach(
+    model: nn.Module,
+    config: AdapterConfig | None = None,
+    *,
+    name: str = DEFAULT,
+    max_memory: int | None = None,
+    unconverged: Unconverged = "warn",
+    progress: bool | None = None,
+) -> nn.Module:
+    """Give ``model`` an adapter, in place, and freeze everything else.
+
+    The output is unchanged, bit for bit: the adapter starts as nothing. If anything is wrong with the model or the
+    config, an error comes before the model is touched.
+
+    Args:
+        model: any ``nn.Module`` with linear layers.
+        config: an :class:`osora.OsoraConfig` or :class:`osora.SorsaConfig`; by default OSoRA on every
+            linear layer but the output head, at rank 64.
+        name: the adapter's, to tell it from those that osora.add_adapter and osora.load_adapter put beside it.
+        max_memory: bytes that a decomposition may take beyond the weights and the factors, None for no limit; see
+            :func:`osora.svd_plan`. Fewer weights are in work at the same time if need be.
+        unconverged: "warn" or "raise" when a decomposition misses ``config.tol``.
+        progress: a progress bar; by default only on a terminal.
+
+    Returns:
+        ``model`` itself.
+
+    Raises:
+        ValueError: no target, a tied weight, NaN in a weight, one that does not fit in max_memory, an adapter already
+            there.
+        TypeError: a quantised or integer weight.
+        osora.ConvergenceError: see ``unconverged``.
+    """
+    config = OsoraConfig() if config is None else config
+    formula = formula_of(config)
+    refuse_if_adapted(model)
+    check_new_name(model, name)
+    began = time.perf_counter()
+    targets = find_targets(model, config)
+    layers = []
+    for target, factors in decompose_targets(
+        targets, config, max_memory=max_memory, unconverged=unconverged, progress=progress
+    ):
+        target, factors = kept(target, factors, config)
+        layers.append((target, make_layer(target.module, factors, formula, config.dropout, name)))
+    notes = notes_of(target for target, _ in layers)
+    install(model, layers, name, AdapterState(config, time.perf_counter() - began, notes))
+    return model
+
+
+def detach(model: nn.Module, *, merged: bool = False) -> nn.Module:
+    """Take every adapter off, in place: the very modules and tensors that were there, trainable or not as they were.
+
+    Args:
+        model: a model with an adapter, merged or not.
+        merged: leave the active adapter's merged weights in place of the base weights, as a plain model to save or
+            serve. Quantised ones are merged first, by ``osora.merge(model, requantize=True)``.
+
+    Returns:
+        ``model`` itself.
+    """
+    state = state_of(model)
+    layers = adapted_layers(model)
+    if merged:
+        merge_layers({name: layer for name, layer in layers.items() if not layer.merged})
+    else:
+        for layer in layers.values():
+            if layer.merged:
+                layer.unmerge()
+    unwrap(model, osora_layers(model).values())
+    allow_packing(state.in_order)
+    forget(model)
+    for name, parameter in uncompiled(model).named_parameters():
+        parameter.requires_grad_(state.required_grad.get(name, parameter.requires_grad))
+    return model
+
+
+@contextmanager
+def disabled(model: nn.Module) -> Iterator[nn.Module]:
+    """Within it, the model is its base, bit for bit (a reference model for DPO, say). Raises ValueError if merged."""
+    state_of(model)
+    layers = list(osora_layers(model).values())
+    if any(layer.merged for layer in layers):
+        raise ValueError("the adapter is merged: call osora.unmerge(model) first")
+    before = [layer.enabled for layer in layers]
+    try:
+        for layer in layers:
+            layer.enabled = False
+        yield model
+    finally:
+        for layer, enabled in zip(layers, before, strict=True):
+            layer.enabled = enabled

@@ -1,0 +1,110 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The decompositions that an adapter starts from: all of a shape at once, and what is kept of each."""
+
+import math
+from collections import defaultdict
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
+
+from torch import Tensor
+
+from osora.config import AdapterConfig
+from osora.layers.base_weight import dense_weight, is_quantised, oriented_weight
+from osora.model.targets import Target
+from osora.svd.arguments import check_matrix, check_max_memory
+from osora.svd.certificate import Decomposition, Unconverged
+from osora.svd.plan import svd_plan
+from osora.svd.spectrum import captured_energy, rank_for_energy
+from osora.svd.truncated import decompose
+
+_BATCH_ENTRIES = 2**24  # weight entries decomposed in one call: bounds the factors held at once
+
+
+def batches(targets: list[Target]) -> Iterator[list[Target]]:
+    """Targets of one shape, rank, dtype and device together, in batches of bounded size."""
+    groups: dict[tuple, list[Target]] = defaultdict(list)
+    for target in targets:
+        weight = target.weight
+        groups[(*weight.shape, target.rank, weight.stored, weight.device)].append(target)
+    for group in groups.values():
+        size = max(1, _BATCH_ENTRIES // group[0].weight.numel)
+        for begin in range(0, len(group), size):
+            yield group[begin : begin + size]
+
+
+def _check_fits(target: Target, max_memory: int) -> None:
+    weight = target.weight
+    plan = svd_plan(weight.shape, target.rank, weight.stored, weight.device)
+    if plan.bytes > max_memory:
+        raise ValueError(
+            f"{target.name}.weight {list(weight.shape)} takes {plan.bytes} bytes to decompose at rank {target.rank}, "
+            f"and max_memory is {max_memory}: allow more, take a smaller r, or leave it out with exclude_modules"
+        )
+
+
+def decompose_targets(
+    targets: list[Target],
+    config: AdapterConfig,
+    *,
+    max_memory: int | None,
+    unconverged: Unconverged,
+    progress: bool | None,
+) -> Iterator[tuple[Target, Decomposition]]:
+    """Each target with its factors, as they come; a bar on a terminal unless ``progress`` says otherwise."""
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn  # slow to import
+
+    check_max_memory(max_memory)
+    for target in targets:  # all of them before any work
+        if not is_quantised(target.module):
+            check_matrix(oriented_weight(target.module), f"{target.name}.weight")
+        if max_memory is not None:
+            _check_fits(target, max_memory)
+    columns = (TextColumn("[bold]{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, disable=progress is False, transient=progress is None) as bar:
+        if progress is None and not bar.console.is_terminal:
+            bar.disable = True
+        task = bar.add_task("decomposing", total=len(targets))
+        for batch in batches(targets):
+            found = decompose(
+                [dense_weight(target.module) for target in batch],  # of quantised ones copies, which go with the batch
+                batch[0].rank,
+                names=[target.name for target in batch],
+                labels=[f"{target.name}.weight" for target in batch],
+                tol=config.tol,
+                seed=config.seed,
+                max_memory=max_memory,
+                unconverged=unconverged,
+            )
+            for target, factors in zip(batch, found, strict=True):
+                yield target, factors
+                bar.advance(task)
+
+
+def with_enough(target: Target, S: Tensor, norm: Tensor | float, fraction: float) -> Target:
+    """The target with the fewest triplets that hold ``fraction`` of its weight's energy, or all of them and a note."""
+    energy = captured_energy(S, norm)
+    rank = rank_for_energy(energy, fraction)
+    if rank is not None:
+        return replace(target, rank=rank)
+    held = math.floor(float(energy[-1]) * 1e4) / 1e4  # rounded up, it could read as enough
+    note = f"rank {target.rank} holds {held} of the energy, rank_for_energy={fraction:g} asks for more"
+    return replace(target, note="; ".join(filter(None, (target.note, note))))
+
+
+def rank_note(factors: Decomposition) -> str:
+    """What is worth a line where a weight has a smaller rank than the triplets that were asked for, else nothing."""
+    zeros, asked = int(factors.below_floor.sum()), factors.S.numel()
+    return f"its weight has rank {asked - zeros} to rounding, less than {asked}" if zeros else ""
+
+
+def kept(target: Target, factors: Decomposition, config: AdapterConfig) -> tuple[Target, Decomposition]:
+    """What an adapter keeps of a decomposition, by its ``rank_for_energy``; and a note of triplets that are zero."""
+    if config.rank_for_energy is not None:
+        target = with_enough(target, factors.S, factors.norm, config.rank_for_energy)
+        factors = factors.leading(target.rank)
+    return replace(target, note="; ".join(filter(None, (target.note, rank_note(factors))))), factors
+
+
+def notes_of(targets: Iterable[Target]) -> dict[str, str]:
+    """Module name → its target's note."""
+    return {target.name: target.note for target in targets if target.note}

@@ -1,0 +1,125 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a model knows of its adapters: their configs, which one is active, and how to undo them."""
+
+import logging
+from dataclasses import dataclass, field
+
+from torch import nn
+
+from osora.config import AdapterConfig, SorsaConfig
+from osora.layers import AdaptedLinear
+from osora.layers.penalty import Penalty
+from osora.model.targets import uncompiled
+
+log = logging.getLogger("osora")
+
+_ATTRIBUTE = "_osora"  # of an adapted model
+
+
+@dataclass
+class AdapterState:
+    """What one adapter was asked to be, and what came of it."""
+
+    config: AdapterConfig
+    seconds: float
+    notes: dict[str, str] = field(default_factory=dict)  # module name -> what is worth a line
+    penalty: Penalty | None = None  # of SORSA, as long as the adapter is there
+
+    def begin(self, model: nn.Module, name: str) -> None:
+        """The adapter is in the model from now on: say what is worth a line, and penalise what is to be penalised."""
+        if isinstance(self.config, SorsaConfig):
+            layers = list(adapted_layers(model, name).values())
+            self.penalty = Penalty(layers, name, self.config.gamma, self.config.regularizer)
+        for module, note in self.notes.items():
+            log.info("%s: %s", module, note)
+
+
+@dataclass
+class State:
+    """What was done to a model: enough to undo it, and to say what it was."""
+
+    required_grad: dict[str, bool]  # parameter name in the model as it came -> requires_grad
+    active: str
+    adapters: dict[str, AdapterState]  # in the order they came
+    in_order: list[nn.Module] = field(default_factory=list)  # quantised layers that may be packed when it is detached
+
+    @property
+    def current(self) -> AdapterState:
+        """The active adapter's."""
+        return self.adapters[self.active]
+
+    def of(self, name: str) -> AdapterState:
+        """The adapter's; raises ValueError if there is none of that name."""
+        if name not in self.adapters:
+            raise ValueError(f"this model has no adapter {name!r}; it has {', '.join(map(repr, self.adapters))}")
+        return self.adapters[name]
+
+
+def state_of(model: nn.Module) -> State:
+    """The model's adapter state; raises ValueError if it has no adapter."""
+    state = getattr(model, _ATTRIBUTE, None)
+    if not isinstance(state, State):
+        raise ValueError(
+            "this model has no osora adapter: call osora.attach(model, config) or osora.load_adapter first"
+        )
+    return state
+
+
+def has_adapter(model: object) -> bool:
+    """Whether an adapter has been attached to this very model."""
+    return isinstance(getattr(model, _ATTRIBUTE, None), State)
+
+
+def remember(model: nn.Module, state: State) -> None:
+    """Give a model that has no adapter its state."""
+    setattr(uncompiled(model), _ATTRIBUTE, state)
+
+
+def forget(model: nn.Module) -> None:
+    """Take the state of a model's adapters away."""
+    delattr(uncompiled(model), _ATTRIBUTE)
+
+
+def osora_layers(model: nn.Module) -> dict[str, AdaptedLinear]:
+    """Name → layer that any adapter is in, in the model's order; a shared layer once."""
+    found = uncompiled(model).named_modules()
+    return {name: module for name, module in found if isinstance(module, AdaptedLinear)}
+
+
+def adapted_layers(model: nn.Module, adapter: str | None = None) -> dict[str, AdaptedLinear]:
+    """Name → layer that the adapter is in, or the active one, in the model's order; a shared layer once."""
+    layers = osora_layers(model).items()
+    if adapter is None:
+        return {name: layer for name, layer in layers if layer.adapter is not None}
+    return {name: layer for name, layer in layers if adapter in layer.adapters()}
+
+
+def refuse_if_busy(model: nn.Module) -> None:
+    """Raise ValueError where adapters cannot be exchanged now: merged, or within a batch of several."""
+    for name, layer in osora_layers(model).items():
+        if layer.merged:
+            raise ValueError(f"{name}: the adapter is merged: call osora.unmerge(model) first")
+        if layer.batch is not None:
+            raise ValueError("adapters cannot be exchanged within adapters_in_batch")
+
+
+def check_new_name(model: nn.Module, name: str) -> None:
+    """Raise TypeError or ValueError for a name that no further adapter of the model can have."""
+    if not isinstance(name, str):
+        raise TypeError(f"an adapter's name must be a str, got {name!r}")
+    if not name or "." in name:
+        raise ValueError(
+            f"an adapter's name must not be empty nor have a dot (it is part of state_dict keys): {name!r}"
+        )
+    state = getattr(model, _ATTRIBUTE, None)
+    if isinstance(state, State) and name in state.adapters:
+        raise ValueError(f"this model has an adapter {name!r} already: remove it first, or take another name")
+
+
+def refuse_if_adapted(model: nn.Module) -> None:
+    """Raise ValueError if the model has an adapter already."""
+    if getattr(model, _ATTRIBUTE, None) is not None or osora_layers(model):
+        raise ValueError(
+            "this model has an osora adapter already: call osora.detach(model) before attaching another, or give the "
+            "new one a name with osora.add_adapter(model, name) or osora.load_adapter(model, folder, name=name)"
+        )

@@ -1,0 +1,215 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which layers of a model an adapter is for."""
+
+import re
+import sys
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+from torch import nn
+
+from osora.config import ALL_LINEAR, AdapterConfig
+from osora.layers.adapted import AdaptedLinear
+from osora.layers.base_weight import BaseWeight, base_weight, is_conv1d
+from osora.layers.quantised import kind_of, refuse_unsupported, unsupported
+
+
+@dataclass(frozen=True)
+class Target:
+    """A linear layer to adapt: every name it has in the model (more than one if it is shared), its weight, its rank."""
+
+    names: tuple[str, ...]
+    module: nn.Module
+    weight: BaseWeight
+    rank: int
+    note: str = ""
+
+    @property
+    def name(self) -> str:
+        """The name its adapter goes by."""
+        return self.names[0]
+
+
+def name_matches(name: str, wanted: str | Iterable[str]) -> bool:
+    """Whether a module's name is meant: it ends in one of the names, or is matched whole by the expression."""
+    if isinstance(wanted, str):
+        return re.fullmatch(wanted, name) is not None
+    return any(name == end or name.endswith("." + end) for end in wanted)
+
+
+def layer_index(name: str) -> int | None:
+    """The first number in a module's name."""
+    return next((int(part) for part in name.split(".") if part.isdecimal()), None)
+
+
+def _is_linear(module: nn.Module) -> bool:
+    return type(module) is nn.Linear or is_conv1d(module) or kind_of(module) is not None
+
+
+def _output_head(model: nn.Module) -> nn.Module | None:
+    getter = getattr(model, "get_output_embeddings", None)
+    head = getter() if callable(getter) else None
+    return head.base_layer if isinstance(head, AdaptedLinear) else head
+
+
+def check_is_linear(name: str, module: nn.Module) -> None:
+    """Raise for a module whose forward is not that of a linear layer, or whose weight cannot be read."""
+    refuse_unsupported(name, module)
+    if (kind := kind_of(module)) is not None:
+        try:
+            kind.check(module)
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from error
+    if _is_linear(module):
+        if not isinstance(module.weight, nn.Parameter):
+            raise ValueError(
+                f"the weight of {name} is computed anew in each forward (by torch.nn.utils' weight_norm or prune), so "
+                "that nothing can be merged into it: make it a parameter first, by remove_weight_norm or prune.remove"
+            )
+        return
+    class_name = f"{type(module).__module__}.{type(module).__qualname__}"
+    raise ValueError(
+        f"target {name} is a {class_name}; osora adapts torch.nn.Linear and transformers' Conv1D, "
+        "and bitsandbytes' quantised linears: name other modules in target_modules, or leave this one out with "
+        "exclude_modules"
+    )
+
+
+def check_has_values(name: str, module: nn.Module) -> None:
+    """Raise ValueError for a weight on the meta device."""
+    if base_weight(module).device.type == "meta":
+        raise ValueError(f"{name}.weight is on the meta device and has no values: load the weights first")
+
+
+def bypassed(model: nn.Module) -> set[int]:
+    """Identities of linear layers whose parent may use their weights without calling them."""
+    parents = [module for module in model.modules() if isinstance(module, nn.TransformerEncoderLayer)]
+    return {id(layer) for parent in parents for layer in (parent.linear1, parent.linear2)}
+
+
+def check_not_bypassed(name: str, module: nn.Module, found: set[int]) -> None:
+    """Raise for one of those that :func:`bypassed` has ``found``."""
+    if id(module) in found:
+        raise ValueError(
+            f"target {name} belongs to a torch.nn.TransformerEncoderLayer, which reads its weight in eval mode "
+            "without calling it: an adapter would be ignored; exclude_modules leaves it out"
+        )
+
+
+def check_not_tied(name: str, module: nn.Module, holders: dict[int, set[int]]) -> None:
+    """Raise for a weight that another module holds too: merging would make two weights of one."""
+    if len(holders[id(module.weight)]) > 1:
+        raise ValueError(
+            f"the weight of {name} is tied to another module's (an embedding's, most often): merging would silently "
+            f"untie them, so it is refused; exclude_modules=[{name.rsplit('.', 1)[-1]!r}] leaves it out"
+        )
+
+
+def weight_holders(model: nn.Module) -> dict[int, set[int]]:
+    """Parameter identity → identities of the modules that hold it."""
+    holders: dict[int, set[int]] = defaultdict(set)
+    for module in model.modules():
+        for parameter in module._parameters.values():
+            if parameter is not None:
+                holders[id(parameter)].add(id(module))
+    return holders
+
+
+def uncompiled(model: nn.Module) -> nn.Module:
+    """The model that ``torch.compile(model)`` stands for, in which modules have the names they are saved under."""
+    original = model._modules.get("_orig_mod")
+    return model if original is None else original
+
+
+def of_peft(model: nn.Module) -> set[str]:
+    """Names of PEFT's layers and wrappers; what is in them belongs to its adapters."""
+    kinds = [
+        getattr(sys.modules[where], kind)
+        for where, kind in (
+            ("peft.tuners.tuners_utils", "BaseTunerLayer"),
+            ("peft.utils.other", "AuxiliaryTrainingWrapper"),
+        )
+        if where in sys.modules  # or the model has none
+    ]
+    return {name for name, module in uncompiled(model).named_modules() if isinstance(module, tuple(kinds))}
+
+
+def check_not_of_peft(name: str, outer: set[str]) -> None:
+    """Raise ValueError for a module within one of those that :func:`of_peft` has found."""
+    parts = name.split(".")
+    for i in range(1, len(parts)):
+        if ".".join(parts[:i]) in outer:
+            raise ValueError(
+                f"target {name} belongs to an adapter of PEFT, in {'.'.join(parts[:i])}: one within it would be "
+                "ignored, or adapt PEFT's. Unload that first (model.unload() or model.merge_and_unload()), or give the "
+                "model osora.peft's methods instead"
+            )
+
+
+def base_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Every name of every module, as if the model had no adapter: an adapted layer's base stands in its place."""
+    inside: set[str] = set()
+    for name, module in uncompiled(model).named_modules(remove_duplicate=False):
+        if isinstance(module, AdaptedLinear):
+            inside.add(f"{name}.base_layer")
+            yield name, module.base_layer
+        elif name not in inside:
+            yield name, module
+
+
+def find_targets(model: nn.Module, config: AdapterConfig) -> list[Target]:
+    """The layers ``config`` names, in the model's order; of one that has an adapter already, the base layer.
+
+    Raises:
+        ValueError: nothing matches; a match is no linear layer; its weight is tied to another module; a
+            ``rank_pattern`` matches nothing.
+        TypeError: a match is quantised in a way that cannot be read.
+    """
+    names_of: dict[int, list[str]] = defaultdict(list)
+    modules: dict[int, nn.Module] = {}
+    for name, module in base_modules(model):
+        names_of[id(module)].append(name)
+        modules[id(module)] = module
+    head, holders, unseen, outer = _output_head(model), weight_holders(model), bypassed(model), of_peft(model)
+    everything = config.target_modules == ALL_LINEAR
+    layers = config.layers_to_transform
+    assert layers is None or isinstance(layers, tuple)  # the config has brought it to this form
+    targets = []
+    for key, names in names_of.items():
+        module, name = modules[key], names[0]
+        if everything:
+            is_linear = _is_linear(module) or unsupported(module) is not None  # which is not left out in silence
+            wanted = is_linear and module is not head and key not in unseen
+        else:
+            wanted = any(name_matches(n, config.target_modules) for n in names)
+        if not wanted or not name:
+            continue
+        if config.exclude_modules is not None and any(name_matches(n, config.exclude_modules) for n in names):
+            continue
+        if layers is not None and layer_index(name) not in layers:
+            continue
+        check_not_of_peft(name, outer)
+        check_is_linear(name, module)
+        check_not_bypassed(name, module, unseen)
+        check_not_tied(name, module, holders)
+        weight = base_weight(module)
+        asked, most = config.rank_for(name), min(weight.shape)
+        note = f"rank {asked} clipped to {most}" if asked > most else ""
+        targets.append(Target(tuple(names), module, weight, min(asked, most), note))
+    if not targets:
+        linear = sorted({n.rsplit(".", 1)[-1] for n, m in base_modules(model) if n and _is_linear(m)})
+        raise ValueError(
+            f"no module matches target_modules={config.target_modules!r} with exclude_modules="
+            f"{config.exclude_modules!r} and layers_to_transform={config.layers_to_transform!r}; the model's linear "
+            f"layers end in: {', '.join(linear) or 'none at all'}"
+        )
+    check_rank_pattern(config.rank_pattern, [target.name for target in targets])
+    return targets
+
+
+def check_rank_pattern(patterns: Iterable[str], names: Sequence[str]) -> None:
+    """Raise ValueError for a key of ``rank_pattern`` that matches none of the targets' ``names``."""
+    for pattern in patterns:
+        if not any(re.fullmatch(rf"(.*\.)?(?:{pattern})", name) for name in names):
+            raise ValueError(f"rank_pattern {pattern!r} matches no target, the first of which is {names[0]}")

@@ -1,0 +1,107 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which modules of a model PEFT gives an adapter: its own rules, with layers_to_transform as the native API has it."""
+
+import copy
+import re
+from typing import Any
+
+from peft.tuners.tuners_utils import BaseTunerLayer, check_target_module_exists
+from torch import nn
+
+from osora.config import ALL_LINEAR
+from osora.model.state import osora_layers
+from osora.model.targets import (
+    bypassed,
+    check_has_values,
+    check_is_linear,
+    check_not_bypassed,
+    check_not_tied,
+    layer_index,
+    weight_holders,
+)
+from osora.peft.rollback import wrappers
+
+
+def _index(config: Any, key: str) -> int | None:
+    """The number of the layer that a module is in."""
+    if not config.layers_pattern:
+        return layer_index(key)
+    patterns = [config.layers_pattern] if isinstance(config.layers_pattern, str) else config.layers_pattern
+    found = (re.match(rf"(?:.*?\.)?(?:{pattern})\.(\d+)\.", key) for pattern in patterns)
+    return next((int(match[1]) for match in found if match), None)
+
+
+def matches(config: Any, key: str) -> Any:
+    """PEFT's answer for a module's name; whatever target_modules is, in the layers of layers_to_transform alone.
+
+    PEFT looks at these for names that are ends of module names, and neither for an expression nor for "all-linear".
+    """
+    if config.layers_to_transform is None:
+        return check_target_module_exists(config, key)
+    everywhere = copy.copy(config)
+    everywhere.layers_to_transform = everywhere.layers_pattern = None
+    found = check_target_module_exists(everywhere, key)
+    return found and _index(config, key) in config.native().layers_to_transform
+
+
+class Surroundings:
+    """What the checks of targets ask about the whole model."""
+
+    def __init__(self, model: nn.Module, config: Any) -> None:
+        """Look at it before an adapter of ``config`` comes.
+
+        Raises:
+            ValueError: it has adapters of the native API.
+        """
+        if own := osora_layers(model):
+            raise ValueError(
+                f"{next(iter(own))} has an adapter by osora.attach or osora.load_adapter, which PEFT would neither "
+                "train nor save: call osora.detach(model) first, or stay with the native API (osora.add_adapter)"
+            )
+        self.everything = config.target_modules == ALL_LINEAR
+        self.bypassed, self.holders, self.whole = bypassed(model), weight_holders(model), wrappers(model)
+        getter = getattr(model, "get_output_embeddings", None)
+        self.head = getter() if callable(getter) else None
+        names: dict[int, list[str]] = {}
+        for name, module in model.named_modules(remove_duplicate=False):
+            names.setdefault(id(module), []).append(name)
+        self.also = {key: found[1:] for key, found in names.items() if len(found) > 1}
+
+    def is_left_out(self, key: str) -> bool:
+        """Whether a match is in the output head, which "all-linear" leaves out, and PEFT not if it is wrapped.
+
+        Raises:
+            ValueError: it is in another module that an adapter trains whole.
+        """
+        for name, wrapper in self.whole.items():
+            if key.startswith(f"{name}."):
+                if self.everything and wrapper is self.head:
+                    return True
+                raise ValueError(
+                    f"target {key} is within {name}, which another adapter trains (modules_to_save or "
+                    f"trainable_token_indices): leave it out with exclude_modules=[{key.rsplit('.', 1)[-1]!r}]"
+                )
+        return False
+
+    def check(self, name: str, module: nn.Module) -> None:
+        """Raise ValueError or TypeError for a module that cannot have an adapter, saying what to do."""
+        if isinstance(module, BaseTunerLayer):
+            raise ValueError(f"target {name} has an adapter of another method ({type(module).__name__}) already")
+        if any(p.dim() > 2 for p in module.parameters(recurse=False)):
+            raise ValueError(
+                f"target {name} is a {type(module).__qualname__}, whose weights have more than two dimensions "
+                "(those of experts, or of a convolution): osora adapts matrices only; name other modules in "
+                "target_modules, or leave this one out with exclude_modules"
+            )
+        check_is_linear(name, module)
+        check_has_values(name, module)
+        check_not_bypassed(name, module, self.bypassed)
+        check_not_tied(name, module, self.holders)
+        if names := self.also.get(id(module)):
+            raise ValueError(
+                f"target {name} is also in the model as {', '.join(names)}, and PEFT replaces a module in one place "
+                "only; osora.attach adapts it in all, exclude_modules leaves it out"
+            )
+
+
+__all__ = ["Surroundings", "matches"]
