@@ -3,6 +3,7 @@
 
 import json
 import math
+import re
 from itertools import pairwise
 
 import pytest
@@ -384,6 +385,19 @@ def test_pictures(tmp_path, ending):
         wish = torch.linalg.svdvals(Weights(model)[name].double())
         torch.testing.assert_close(torch.tensor(values, dtype=torch.float64), wish, rtol=1e-5, atol=1e-5)
     assert len(found) == 15  # 14 linears and the output head
+
+
+def test_colours_follow_the_model_and_not_the_file(tmp_path):
+    """Layer 10 of a file comes before its layer 2; each has as many points here as its rank."""
+    pytest.importorskip("matplotlib")
+    tensors = {f"layers.{place}.proj.weight": torch.randn(rank, 5) for place, rank in ((0, 2), (10, 4), (2, 3))}
+    osora.plot_spectra(tmp_path / "x.svg", tensors)
+    picture = (tmp_path / "x.svg").read_text()
+    lines = re.findall(r'<path d="(M[^"]*)" clip-path="[^"]*" style="fill: none; stroke: (#\w+)', picture)
+    shades = [colour for path, colour in lines if path.count("L") in (1, 2, 3) and colour != "#b0b0b0"]
+    points = [path.count("L") + 1 for path, colour in lines if colour in shades]
+    assert points[-3:] == [2, 3, 4] and len(set(shades[-3:])) == 3
+    assert ">first<" in re.sub(r"<!-- (\w+) -->", r">\1<", picture)
 
 
 def test_pictures_refuse_nonsense(tmp_path):

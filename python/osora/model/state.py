@@ -87,7 +87,15 @@ def osora_layers(model: nn.Module) -> dict[str, AdaptedLinear]:
 
 
 def adapted_layers(model: nn.Module, adapter: str | None = None) -> dict[str, AdaptedLinear]:
-    """Name → layer that the adapter is in, or the active one, in the model's order; a shared layer once."""
+    """The layers of one adapter.
+
+    Args:
+        model: a model with adapters, or without, which has none.
+        adapter: its name; None for the active one.
+
+    Returns:
+        Module name → layer, in the model's order; a layer that has several names once.
+    """
     layers = osora_layers(model).items()
     if adapter is None:
         return {name: layer for name, layer in layers if layer.adapter is not None}
