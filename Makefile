@@ -33,9 +33,9 @@ SOURCES := $(shell find csrc cmake build_backend python -type f ! -name '*.pyc' 
   CMakeLists.txt setup.py pyproject.toml README.md
 
 # What runs csrc/cuda on the CPU.
-COVERAGE_TESTS := tests/test_fold.py tests/test_fold_many.py tests/test_multi_kernels.py tests/test_decode.py \
-  tests/test_dense_cuda.py tests/test_svd_drivers.py \
-  -k 'emulated or dense'
+COVERAGE_TESTS := $(addprefix tests/ops/test_,fold.py multi_kernels.py decode.py) \
+  $(addprefix tests/svd/test_,dense_cuda.py drivers.py) -k 'emulated or dense'
+
 
 # Nothing of a run depends on the user's language, and nothing is fetched from a model hub.
 export LC_ALL := C.UTF-8
@@ -66,7 +66,7 @@ unit: prepare
 	echo "-- pytest"
 	[ "$(EMULATION)" = 0 ] || export OSORA_EMULATION_DIR=$(BUILD)/tests/emulation OSORA_REQUIRE_EMULATION=1
 	export OSORA_REQUIRE_NVCC=$$($(PY) -c 'import osora; print(int(osora.build_info()["cuda"]))')
-	OMP_NUM_THREADS=1 $(PY) -m pytest -n $(JOBS) --dist worksteal $(if $(filter 0,$(EMULATION)),--ignore=tests/test_emulation.py) $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n $(JOBS) --dist worksteal $(if $(filter 0,$(EMULATION)),--ignore=tests/project/test_emulation.py) $(PYTEST_ARGS)
 
 lint: $(STAMPS)/strict $(STAMPS)/test
 	echo "-- ruff, clang-format, mypy"
@@ -88,7 +88,8 @@ coverage: prepare
 
 # The SVD on machines that do not exist: each seed rounds otherwise (tests/rounding). SEEDS='1 2' for fewer.
 SEEDS ?= $(shell seq 1 20)
-ROUNDING_TESTS := $(addprefix tests/test_,truncated_svd.py svd_hostile.py svd_floor.py panels.py spectrum.py)
+ROUNDING_TESTS := $(addprefix tests/svd/test_,values.py certificates.py arguments.py plan.py hostile.py floor.py panels.py \
+  spectrum.py)
 
 rounding: prepare
 	export OSORA_EMULATION_DIR=$(BUILD)/tests/emulation OSORA_REQUIRE_EMULATION=1 OMP_NUM_THREADS=1
@@ -98,11 +99,11 @@ rounding: prepare
 	done
 
 # Operators, SVD and panels as on a processor with fewer instructions: torch and our loops are held to each capability, MKL
-# (on Intel's processors) and oneDNN to AVX2. Left out: what is the same on
-# any processor, and what mostly waits for a compiler.
+# (on Intel's processors) and oneDNN to AVX2. Left out: what is the same on any processor, and what mostly waits for a
+# compiler.
 CAPABILITIES := default avx2
-CAPABILITY_TESTS := $(addprefix tests/test_,cpu_paths.py fold.py linear.py linear_add.py linear_autograd.py linear_multi.py effective.py sorsa.py \
-  panels.py truncated_svd.py svd_hostile.py)
+CAPABILITY_TESTS := $(addprefix tests/ops/test_,cpu_paths.py fold.py linear.py linear_add.py linear_autograd.py linear_multi.py \
+  materialised.py sorsa.py) $(addprefix tests/svd/test_,panels.py values.py certificates.py hostile.py)
 CAPABILITY_CASES := not (emulated or cuda or reference or compile or opcheck or saves or memory or refused or plan)
 
 capabilities: $(STAMPS)/strict $(STAMPS)/test
@@ -110,7 +111,7 @@ capabilities: $(STAMPS)/strict $(STAMPS)/test
 	for capability in $(CAPABILITIES); do
 	  echo "-- capability $$capability"
 	  export ATEN_CPU_CAPABILITY=$$capability
-	  $(PY) tests/processor.py
+	  $(PY) tests/support/processor.py
 	  $(PY) -m pytest -q -n $(JOBS) $(CAPABILITY_TESTS) -k "$(CAPABILITY_CASES)"
 	done
 
@@ -120,7 +121,7 @@ PEFT_FOLDERS := $(PEFT_VERSIONS:%=build/peft-%)
 
 peft-versions: $(PEFT_FOLDERS:%=%/.done)
 	export OSORA_PEFT_FOLDERS=$(subst $(eval ) ,:,$(PEFT_FOLDERS:%=$(CURDIR)/%))
-	$(MAKE) unit PYTEST_ARGS="-m slow tests/test_peft_versions.py"
+	$(MAKE) unit PYTEST_ARGS="-m slow tests/peft/test_peft_versions.py"
 
 build/peft-%/.done: $(STAMPS)/test
 	rm -rf $(@D)
@@ -130,9 +131,10 @@ build/peft-%/.done: $(STAMPS)/test
 # What stands on torch, under another version: operators, layers, torch.compile and torch.export around them, the SVD, the
 # build. Each version has an environment of its own, without CUDA. 2.11.0 is the oldest that is supported.
 TORCH_VERSIONS := 2.11.0 2.13.0
-TORCH_TESTS := $(patsubst %,tests/test_%.py,api build linear linear_add linear_autograd linear_multi fold fold_many decode \
-  effective sorsa sorsa_adapter ablations layers composition execution compiled_model multi_adapters distributed \
-  truncated_svd svd_hostile svd_floor)
+TORCH_TESTS := $(patsubst %,tests/%.py,project/test_api project/test_build $(addprefix ops/test_,linear linear_add \
+  linear_autograd linear_multi fold decode materialised sorsa compiled composition) $(addprefix layers/test_,layers ablations) \
+  $(addprefix model/test_,sorsa_adapter execution compiled_model adapters adapter_batch distributed) \
+  $(addprefix svd/test_,values certificates arguments plan hostile floor))
 other_torch = OSORA_CUDA=0 $(MAKE) $(1) VENV=.venv-torch-$* TORCH=torch==$* EMULATION=0
 
 torch-versions: $(TORCH_VERSIONS:%=torch-version-%)

@@ -12,6 +12,7 @@ import pytest
 import torch
 from backends import NAMES, Backend, OtherRounding, make_backend
 from processor import capability, processor
+from root import ROOT
 
 TEMPLATE = (
     "{% for message in messages %}<{{ message['role'] }}>{{ message['content'] }}"
@@ -70,7 +71,7 @@ def bench() -> Iterator[Callable[[str], ModuleType]]:
     threads = torch.get_num_threads()
     with pytest.MonkeyPatch.context() as change:
         change.setenv("HF_HUB_OFFLINE", "1")
-        change.syspath_prepend(Path(__file__).parents[1] / "bench")
+        change.syspath_prepend(ROOT / "bench")
         yield importlib.import_module
     torch.set_num_threads(threads)
 
@@ -82,7 +83,7 @@ def example() -> Iterator[Callable[[str], ModuleType]]:
     torch.set_num_threads(1)  # the model is so small that threads would only wait for each other
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("HF_HUB_OFFLINE", "1")
-        patch.syspath_prepend(Path(__file__).parents[1] / "examples")
+        patch.syspath_prepend(ROOT / "examples")
         patch.setattr(importlib.import_module("evaluate"), "SAMPLE_TOKENS", 8)
         yield importlib.import_module
     torch.set_num_threads(threads)
@@ -116,3 +117,10 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.manual_seed(0)
     transformers.LlamaForCausalLM(config).save_pretrained(folder)
     return folder
+
+
+@pytest.fixture
+def threads():
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)

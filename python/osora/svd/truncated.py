@@ -84,7 +84,7 @@ class _Found(NamedTuple):
 
     def failed(self, names: Sequence[str]) -> list[Decomposition]:
         """Those without a certificate."""
-        if bool(self.converged.all()):
+        if all(self.converged.tolist()):
             return []
         return [item for item in self.matrices(names) if not item.converged]
 

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Calls with one wrong argument each. tests/test_standins.py knows what each must be refused with.
+// Calls with one wrong argument each. tests/project/test_standins.py knows what each must be refused with.
 #include "self_test.h"
 
 namespace osora::standins {
