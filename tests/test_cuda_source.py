@@ -23,7 +23,7 @@ sys.path.insert(0, str(ROOT / "build_backend"))
 from cuda_choice import nvcc_candidates
 
 SITE = Path(torch.__file__).parents[1]
-SOURCES = sorted((ROOT / "csrc/cuda").glob("*.cu"))
+SOURCES = sorted((ROOT / "csrc/cuda").rglob("*.cu"))
 CARDS = ("80", "90", "100", "120")
 # 256 threads of 64 registers: four blocks, half of the threads an SM can hold, are resident. What a memory-bound
 # kernel needs to keep the memory busy.
@@ -71,7 +71,7 @@ def kernels_of(path: Path) -> list[Kernel]:
 def object_of_the_build(source: Path) -> Path | None:
     """The project's own, if it was compiled for the same cards, with warnings as errors, and after the last change."""
     build = emulation_folder().parents[1]
-    cache, made = build / "CMakeCache.txt", build / f"CMakeFiles/_C.dir/csrc/cuda/{source.name}.o"
+    cache, made = build / "CMakeCache.txt", build / f"CMakeFiles/_C.dir/{source.relative_to(ROOT)}.o"
     if not (cache.exists() and made.exists()):
         return None
     settings = dict(re.findall(r"^(\w+):\w+=(.*)$", cache.read_text(encoding="utf-8"), flags=re.MULTILINE))
@@ -83,7 +83,7 @@ def object_of_the_build(source: Path) -> Path | None:
 
 
 def test_an_object_of_another_build_does_not_count(tmp_path, monkeypatch):
-    source, made = SOURCES[0], tmp_path / f"CMakeFiles/_C.dir/csrc/cuda/{SOURCES[0].name}.o"
+    source, made = SOURCES[0], tmp_path / f"CMakeFiles/_C.dir/{SOURCES[0].relative_to(ROOT)}.o"
     monkeypatch.setenv("OSORA_EMULATION_DIR", str(tmp_path / "tests/emulation"))
     right = "OSORA_CUDA_ARCHS:STRING=8.0;9.0;10.0;12.0+PTX\nOSORA_WERROR:BOOL=ON\nCMAKE_BUILD_TYPE:STRING=Release\n"
     assert object_of_the_build(source) is None

@@ -50,7 +50,7 @@ def count_lines(build: Path, gcov: str) -> Counts:
             described = json.loads(report)
             for file in described["files"]:
                 path = Path(described["current_working_directory"], file["file"]).resolve()
-                if path.parent != SOURCES:
+                if not path.is_relative_to(SOURCES):
                     continue
                 for line in file["lines"]:
                     counts[path][line["line_number"]] += line["count"]

@@ -77,7 +77,7 @@ T __shfl_up_sync(unsigned mask, T value, unsigned delta, int width = 32,
   return osora::emulation::shuffle(mask, value, osora::emulation::lane_id() - static_cast<int>(delta), width, site);
 }
 
-// The twin of csrc/cuda/launch.h.
+// The twin of csrc/cuda/common/launch.h.
 namespace osora::cuda {
 
 template <class... Parameters, class... Arguments>

@@ -9,8 +9,8 @@
 #include <memory>
 #include <random>
 
-#include "cuda/fold.h"
-#include "cuda/half.cuh"
+#include "cuda/common/half.cuh"
+#include "cuda/fold/fold.h"
 
 namespace osora::driver {
 

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Runs the kernels of csrc/cuda/fold.cu and fold_many.cu on the CPU against a float64 reference, over many sizes, types
-// and alignments. The last line is a hash of all output bits: equal in every schedule (OSORA_EMULATION_ORDER).
+// Runs the kernels of csrc/cuda/fold/fold.cu and fold_many.cu on the CPU against a float64 reference, over many sizes,
+// types and alignments. The last line is a hash of all output bits: equal in every schedule (OSORA_EMULATION_ORDER).
 #include <cmath>
 #include <cstdio>
 #include <limits>
@@ -8,9 +8,9 @@
 #include <random>
 #include <vector>
 
-#include "cuda/fold.h"
-#include "cuda/fold_many.h"
-#include "cuda/half.cuh"
+#include "cuda/common/half.cuh"
+#include "cuda/fold/fold.h"
+#include "cuda/fold/fold_many.h"
 #include "drive.h"
 
 namespace {

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// Runs the kernels of csrc/cuda/svd_kernels.cu and svd_ritz.cu on the CPU against float64, over sizes and types. Every
-// array is a heap block of its exact size, so that ASan sees any access beside it; outputs and scratch start as NaN.
-// The last line is a hash of all output bits: equal in every schedule (OSORA_EMULATION_ORDER).
+// Runs the kernels of csrc/cuda/svd/svd_kernels.cu and svd_ritz.cu on the CPU against float64, over sizes and types.
+// Every array is a heap block of its exact size, so that ASan sees any access beside it; outputs and scratch start as
+// NaN. The last line is a hash of all output bits: equal in every schedule (OSORA_EMULATION_ORDER).
 #include <algorithm>
 #include <cmath>
 #include <cstdio>
@@ -12,8 +12,8 @@
 #include <vector>
 
 #include "core/philox.h"
-#include "cuda/half.cuh"
-#include "cuda/svd_kernels.h"
+#include "cuda/common/half.cuh"
+#include "cuda/svd/svd_kernels.h"
 
 namespace {
 

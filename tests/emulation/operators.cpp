@@ -4,9 +4,9 @@
 #include <torch/library.h>
 
 #include "core/svd_drivers_limits.h"
-#include "torch/checks.h"
-#include "torch/fold_launch.h"
-#include "torch/fold_many_launch.h"
+#include "torch/common/checks.h"
+#include "torch/fold/fold_launch.h"
+#include "torch/fold/fold_many_launch.h"
 
 namespace osora {
 namespace {
