@@ -4,7 +4,6 @@
 #include <ATen/core/Tensor.h>
 
 #include <optional>
-#include <tuple>
 
 #include "core/linear_plan.h"
 #include "torch/common/checks.h"
@@ -39,8 +38,5 @@ inline core::LinearPlan plan_linear(const at::Tensor& rows, const std::optional<
   const bool row_major = (!weight || weight->is_contiguous()) && U.is_contiguous() && V.is_contiguous();
   return core::linear_plan(rows.size(0), U.size(0), V.size(0), U.size(1), rows.is_cuda(), row_major);
 }
-
-// -> y [n, d], h [n, r] in x's dtype, on torch's current stream.
-std::tuple<at::Tensor, at::Tensor> decode_cuda(const DecodeInputs& inputs);
 
 }  // namespace osora

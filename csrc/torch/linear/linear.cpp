@@ -20,6 +20,9 @@
 #include "torch/linear/decode.h"
 #include "torch/linear/products.h"
 #include "torch/linear/rows.h"
+#ifdef OSORA_CUDA
+#include "torch/linear/on_cuda.h"
+#endif
 
 namespace osora {
 

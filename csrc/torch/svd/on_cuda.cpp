@@ -7,6 +7,7 @@
 #include <c10/cuda/CUDAStream.h>
 
 #include "torch/svd/memory_cuda.h"
+#include "torch/svd/svd_drivers_launch.h"
 #include "torch/svd/svd_launch.h"
 
 namespace osora {
@@ -38,6 +39,12 @@ std::vector<core::Found<at::Tensor>> gram_cuda(const std::vector<at::Tensor>& we
   TorchMemory memory;
   return gram_launch(weights, plan, dense_options(work, tol, seed), keys,
                      cuda::context(c10::cuda::getCurrentCUDAStream(), memory));
+}
+
+Factors svd_driver_cuda(const at::Tensor& weight, core::SvdMethod method, int64_t rank) {
+  const c10::cuda::CUDAGuard guard(weight.device());
+  TorchMemory memory;
+  return svd_driver_launch(weight, method, rank, cuda::context(c10::cuda::getCurrentCUDAStream(), memory));
 }
 
 std::vector<double> norms_cuda(const std::vector<at::Tensor>& weights) {

@@ -23,7 +23,6 @@
 #include "torch/svd/scale.h"
 #ifdef OSORA_CUDA
 #include "torch/svd/on_cuda.h"
-#include "torch/svd/svd_drivers_cuda.h"
 #endif
 
 namespace osora {

@@ -12,8 +12,8 @@
 #include "core/svd_drivers_limits.h"
 #include "cuda/svd/svd_drivers.h"
 #include "torch/common/checks.h"
+#include "torch/svd/on_cuda.h"
 #include "torch/svd/scale.h"
-#include "torch/svd/svd_drivers_cuda.h"
 
 namespace osora {
 
