@@ -2,10 +2,8 @@
 // The truncated SVD, once: thick-restart randomised block Lanczos on A^T A, for a batch of matrices in lockstep, and
 // the last step and certificate that every method shares.
 //
-// Written over a `Dense` algebra, which owns the batch A [B, rows, cols] (rows >= cols, scaled by a power of two) and
-// does every product, factorisation and random number: csrc/torch/svd/dense_aten.h, csrc/cuda/svd/dense_cuda.h. Its
-// primitives may all be queued on a device; the host waits in relative_size() and report() alone. The method, its
-// sources and its measurements: docs/svd.md.
+// Written over a Dense algebra (core/dense.h), which does every product, factorisation and random number. The method,
+// its sources and its measurements: docs/svd.md.
 #pragma once
 #include <algorithm>
 #include <cmath>
@@ -16,45 +14,24 @@
 #include <utility>
 #include <vector>
 
+#include "core/dense.h"
 #include "core/svd_plan.h"
-#include "core/svd_verdict.h"
 
 namespace osora::core {
 
-// The answer for one matrix: W = U diag(S) V^T restricted to `rank`; U [d, r], S [r], V [k, r], residuals [r];
-// floor, can_be_finer: of its verdict. converged: certified, and the probe found no larger triplet.
-template <class Array>
-struct Found {
-  Array u, s, v, residuals;
-  double floor = 0;
-  bool converged = false, can_be_finer = false;
-  int64_t passes = 0;   // products with W or W^T, of any width
-  int64_t columns = 0;  // columns multiplied in them: 2 d k columns are the flops
-};
-
-template <class Array>
-struct Candidate {
-  Found<Array> found;
-  bool missed = false;  // the probe saw more than sigma_r
-};
-
 constexpr int64_t kProbes = 8;           // Gaussian vectors that look for a missed triplet
 constexpr int64_t kProbeIterations = 4;  // power iterations they get
-
-// The first random stream of the probe after restart number `turn`; refills during it take the next ones. A second
-// probe must not repeat the first: the space has since been given what that one saw, and nothing else.
-inline uint32_t probe_stream(int64_t turn) { return (1u << 31) + 256u * static_cast<uint32_t>(turn); }
 
 // z -> orthonormal columns, orthogonal to v [*, *, width] (orthonormal). A column whose projection is no more than
 // rounding, measured by sigma_1 times `norms` [B, 1, columns of z], is replaced by a random one.
 // Dense::cholesky_qr tells how well conditioned its input was: 1 for orthonormal columns, 0 if it was not measured. A
 // projection that leaves little of orthonormal columns leaves rounding in them, and asks for another round ("twice is
 // enough" where it leaves much: Daniel, Gragg, Kaufman, Stewart, Math. Comp. 30, 1976).
-template <class Dense, class Array>
-void orthonormalise(Dense& dense, Array& z, const Array& v, const Array& norms) {
+template <Dense D>
+void orthonormalise(D& dense, ArrayOf<D>& z, const ArrayOf<D>& v, const ArrayOf<D>& norms) {
   dense.project_out(z, v);
   dense.drop_noise(z, norms);
-  for (int round = 0; round < Dense::kRounds; ++round) {
+  for (int round = 0; round < D::kRounds; ++round) {
     if (round > 0) dense.project_out(z, v);
     if (dense.cholesky_qr(z) > 0.7 && round > 0) return;  // and they were orthonormal before: nothing left to mend
   }
@@ -62,14 +39,15 @@ void orthonormalise(Dense& dense, Array& z, const Array& v, const Array& norms) 
 
 // Rayleigh-Ritz on orthonormal x with y = M x: rotates x to the right singular vectors of M on its span; returns the
 // left ones, orthonormal, and the values [B, 1, columns] in float64.
-template <class Dense, class Array>
-std::pair<Array, Array> singular_vectors(Dense& dense, Array& x, const Array& y) {
+template <Dense D>
+std::pair<ArrayOf<D>, ArrayOf<D>> singular_vectors(D& dense, ArrayOf<D>& x, const ArrayOf<D>& y) {
+  using Array = ArrayOf<D>;
   const Array q = dense.gram_eigen(y).second;
   x = dense.product(x, q);
   Array left = dense.product(y, q);
   // A value at the rounding level of A has no left vector of its own: any orthonormal one serves.
   Array s = dense.take_lengths(left);
-  for (int round = 0; round < Dense::kRounds; ++round) {
+  for (int round = 0; round < D::kRounds; ++round) {
     if (dense.cholesky_qr(left) > 0.999 && round > 0) break;
   }
   return {std::move(left), std::move(s)};
@@ -77,8 +55,10 @@ std::pair<Array, Array> singular_vectors(Dense& dense, Array& x, const Array& y)
 
 // What a few power iterations on A see outside of span v: x [B, cols, count], and its largest singular value under
 // (I - u u^T) A [B], a lower bound of |(I - u u^T) A|, so that a right answer is never accused.
-template <class Dense, class Array>
-std::pair<Array, Array> probe(Dense& dense, const Array& u, const Array& v, int64_t count, int64_t turn) {
+template <Dense D>
+std::pair<ArrayOf<D>, ArrayOf<D>> probe(D& dense, const ArrayOf<D>& u, const ArrayOf<D>& v, int64_t count,
+                                        int64_t turn) {
+  using Array = ArrayOf<D>;
   Array x = dense.probe_gaussian(count, turn), y = dense.empty(dense.plan().rows, count);
   const Array none = dense.zero_norms(count);
   for (int64_t iteration = 0; iteration < kProbeIterations; ++iteration) {
@@ -93,8 +73,9 @@ std::pair<Array, Array> probe(Dense& dense, const Array& u, const Array& v, int6
 
 // From the span of v [B, cols, rank], orthonormal to about rounding: singular vectors and values of W with W V = U S,
 // certified. `missed`: where to leave what the probe saw; null: no probe. `turn`: restarts so far.
-template <class Dense, class Array>
-std::vector<Candidate<Array>> finish(Dense dense, Array v, double tol, Array* missed, int64_t turn) {
+template <Dense D>
+std::vector<Candidate<ArrayOf<D>>> finish(D dense, ArrayOf<D> v, double tol, ArrayOf<D>* missed, int64_t turn) {
+  using Array = ArrayOf<D>;
   const SvdPlan& plan = dense.plan();
   Found<Array> work;
   const int64_t rank = plan.rank;
@@ -166,9 +147,9 @@ struct Progress {
 // In words: V [cols, basis] grows by blocks of the Krylov space of A^T A, with Y = A V kept beside it. Rayleigh-Ritz on
 // Y^T Y (float64) turns both to Ritz vectors; the best `keep` stay, the residuals of the worst become the next block,
 // until the residuals are small. A matrix leaves the batch when its triplets are certified.
-template <class Dense>
-std::vector<Found<typename Dense::Array>> block_lanczos(Dense dense, double tol, int64_t max_passes) {
-  using Array = typename Dense::Array;
+template <Dense D>
+std::vector<Found<ArrayOf<D>>> block_lanczos(D dense, double tol, int64_t max_passes) {
+  using Array = ArrayOf<D>;
   const SvdPlan plan = dense.plan();
   std::vector<Found<Array>> found(dense.batch());
   std::vector<int64_t> ids(dense.batch());  // position in the batch -> matrix
@@ -259,7 +240,7 @@ std::vector<Found<typename Dense::Array>> block_lanczos(Dense dense, double tol,
     }
     const int64_t most = (plan.basis - width) / plan.block, last = (limit - width) / plan.block;
     // A batch in lockstep makes whole cycles: what a matrix gets must not depend on how slow its companions are.
-    const int64_t blocks = Dense::kLockstep ? most : progress[ids.front()].blocks_wanted(last, most);
+    const int64_t blocks = D::kLockstep ? most : progress[ids.front()].blocks_wanted(last, most);
     limit = width + blocks * plan.block;
     orthonormalise(dense, R, dense.columns(V, 0, width), norms);
     append(R);

@@ -5,6 +5,7 @@
 #include <algorithm>
 
 #include "core/philox.h"
+#include "core/svd_verdict.h"
 
 namespace osora::cuda {
 namespace {

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// The Dense algebra of core/lanczos.h on cuBLAS and cuSOLVER. No torch: addresses, sizes and a Context.
+// The Dense algebra (core/dense.h) on cuBLAS and cuSOLVER. No torch: addresses, sizes and a Context.
 //
 // Everything is queued on the context's stream. The host waits in relative_size() and report() alone, once each. What a
 // solver reports as failed marks its matrix for good: it is never certified.
@@ -9,7 +9,7 @@
 #include <utility>
 #include <vector>
 
-#include "core/lanczos.h"
+#include "core/dense.h"
 #include "core/svd_plan.h"
 #include "core/svd_precision.h"
 #include "cuda/svd/context.h"
@@ -132,6 +132,7 @@ class DenseCuda {
   bool ritz_ = false;                   // by a Rayleigh-Ritz
   uint32_t draws_ = 0;                  // random streams used so far
 };
+static_assert(core::Dense<DenseCuda>);
 
 // -- products of whole batches (gemm.cpp) -----------------------------------------------------------------------------
 struct Operand {

@@ -4,6 +4,7 @@
 #include <cmath>
 #include <stdexcept>
 
+#include "core/svd_verdict.h"
 #include "cuda/svd/dense_cuda.h"
 
 namespace osora::cuda {

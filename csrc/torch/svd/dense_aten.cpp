@@ -8,6 +8,7 @@
 #include <limits>
 
 #include "core/philox.h"
+#include "core/svd_verdict.h"
 #include "torch/svd/rounding.h"
 #include "torch/svd/scale.h"
 

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// The Dense algebra of core/lanczos.h on ATen: the CPU's model, and that of any torch device without one of its own.
+// The Dense algebra (core/dense.h) on ATen: the CPU's model, and that of any torch device without one of its own.
 // An Array is a tensor [B, rows, cols]. Written for small B: on the CPU every matrix is a batch of its own.
 #pragma once
 #include <ATen/core/Tensor.h>
@@ -8,7 +8,7 @@
 #include <utility>
 #include <vector>
 
-#include "core/lanczos.h"
+#include "core/dense.h"
 #include "core/svd_plan.h"
 #include "torch/svd/panels.h"
 
@@ -95,5 +95,6 @@ class DenseAten {
   at::Tensor frobenius_;  // [B, 1, 1] of the scaled matrices, float64
   at::Tensor sigma_;      // [B, 1, 1] largest singular value seen so far
 };
+static_assert(core::Dense<DenseAten>);
 
 }  // namespace osora

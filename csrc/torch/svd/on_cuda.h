@@ -6,7 +6,7 @@
 
 #include <vector>
 
-#include "core/lanczos.h"
+#include "core/dense.h"
 #include "core/svd_plan.h"
 
 namespace osora {

@@ -15,6 +15,7 @@
 #include "core/lanczos.h"
 #include "core/svd_drivers_limits.h"
 #include "core/svd_plan.h"
+#include "core/svd_verdict.h"
 #include "torch/common/checks.h"
 #include "torch/common/guards.h"
 #include "torch/common/workers.h"
@@ -120,7 +121,7 @@ Result run_aten(const Task& task, size_t i, const Attempt& attempt, const core::
   DenseAten dense({task.panels(i)}, plan, weight.options().dtype(attempt.work), accumulate_type(weight.scalar_type()),
                   task.seed, {task.keys[i]});
   const auto finished = [&](at::Tensor vectors) {
-    return core::finish<DenseAten, at::Tensor>(dense, std::move(vectors), task.tol, nullptr, 0).front().found;
+    return core::finish(dense, std::move(vectors), task.tol, nullptr, 0).front().found;
   };
   switch (attempt.method) {
     case SvdMethod::kGram:

@@ -99,8 +99,7 @@ inline std::vector<core::Found<at::Tensor>> gram_launch(const std::vector<at::Te
   return svd_launch(weights, plan, options, keys, context, [&](cuda::DenseCuda dense) {
     const cuda::CudaArray vectors = dense.gram_vectors();
     std::vector<core::Found<cuda::CudaArray>> found;
-    for (auto& candidate :
-         core::finish(std::move(dense), vectors, options.tol, static_cast<cuda::CudaArray*>(nullptr), 0)) {
+    for (auto& candidate : core::finish(std::move(dense), vectors, options.tol, nullptr, 0)) {
       found.push_back(std::move(candidate.found));
     }
     return found;
