@@ -14,6 +14,9 @@
 
 namespace osora {
 
+// From 1 to the next number, in float64 or float32.
+inline double epsilon(at::ScalarType type) { return type == at::kDouble ? 0x1p-52 : 0x1p-23; }
+
 class DenseAten {
  public:
   using Array = at::Tensor;

@@ -194,8 +194,6 @@ struct Answer {
   SvdMethod method = SvdMethod::kLanczos;
 };
 
-double epsilon(at::ScalarType type) { return type == at::kDouble ? 0x1p-52 : 0x1p-23; }
-
 // A Gram matrix is rounded at epsilon sigma_1^2, so its eigenvectors mix, and may leave out, what differs by less:
 // sigma is then off by up to epsilon (sigma_1 / sigma)^2 / 2, which no residual shows. Allowed is 1e-5. Of what is
 // called zero to rounding, it must not have left out anything above the floor.
