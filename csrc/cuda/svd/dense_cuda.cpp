@@ -108,7 +108,7 @@ DenseCuda::Array DenseCuda::clone(const Array& a) const {
   return made;
 }
 
-DenseCuda::Array DenseCuda::wide(const Panel& a) const {
+DenseCuda::Array DenseCuda::wide(const Matrices& a) const {
   if (a.type == Type::kFloat64) return {a, nullptr};
   const Array made = array(a.rows, a.cols, Type::kFloat64, a.batch);
   cuda::copy(a, made, stream());
@@ -144,7 +144,7 @@ void DenseCuda::multiply(const Array& x, const Array& y, bool back, const core::
   const bool by_w = plan_.transposed == back;
   const int64_t inner = by_w ? k_ : d_;
   const Gemm gemm_kind = how.products == Products::kTf32 ? Gemm::kTf32 : Gemm::kAsIs;
-  const auto multiply_runs = [&](const Panel& from, const Panel& to) {
+  const auto multiply_runs = [&](const Matrices& from, const Matrices& to) {
     for_runs(positions_, [&](int64_t b, int64_t position, int64_t count) {
       gemm(*context_, {slice(weights_, position, count), by_w}, {slice(from, b, count)}, slice(to, b, count), inner, 1,
            0, gemm_kind);

@@ -17,8 +17,8 @@
 
 namespace osora::cuda {
 
-// A Panel that keeps its memory alive. A vector [n] per matrix is a Panel [1, n].
-struct CudaArray : Panel {
+// Matrices that keep their memory alive. A vector [n] per matrix is a matrix [1, n].
+struct CudaArray : Matrices {
   std::shared_ptr<void> owner;
   template <class T>
   T* as() const {
@@ -109,7 +109,7 @@ class DenseCuda {
   double epsilon() const { return work_ == Type::kFloat64 ? 0x1p-52 : 0x1p-23; }
   Array array(int64_t rows, int64_t cols, Type type, int64_t batch) const;
   Array array(int64_t rows, int64_t cols, Type type) const { return array(rows, cols, type, batch()); }
-  Array wide(const Panel& a) const;  // a itself, or a copy, in float64
+  Array wide(const Matrices& a) const;  // a itself, or a copy, in float64
   Random random() { return {keys_.as<uint64_t>(), draws_++}; }
 
   void multiply(const Array& x, const Array& y, bool back, const core::Precision& how) const;
@@ -136,20 +136,21 @@ static_assert(core::Dense<DenseCuda>);
 
 // -- products of whole batches (gemm.cpp) -----------------------------------------------------------------------------
 struct Operand {
-  Panel panel;  // as it is stored
+  Matrices matrices;  // as it is stored
   bool transposed = false;
 };
 enum class Gemm { kAsIs, kTf32 };  // kAsIs: float32 without tensor cores, bfloat16 summed in float32, float64
-// c = alpha a b + beta c; c's shape decides, `inner` is the length of the sums. Leading dimensions: the panels' rows.
-void gemm(const Context& context, const Operand& a, const Operand& b, const Panel& c, int64_t inner, double alpha = 1,
-          double beta = 0, Gemm how = Gemm::kAsIs);
+// c = alpha a b + beta c; c's shape decides, `inner` is the length of the sums. Leading dimensions: the stored rows.
+void gemm(const Context& context, const Operand& a, const Operand& b, const Matrices& c, int64_t inner,
+          double alpha = 1, double beta = 0, Gemm how = Gemm::kAsIs);
 
-// `count` matrices of a panel from `first` on.
-Panel slice(const Panel& panel, int64_t first, int64_t count);
+// `count` of them from `first` on.
+Matrices slice(const Matrices& matrices, int64_t first, int64_t count);
 
 // -- cuSOLVER's symmetric eigenvectors (symmetric.cpp) ----------------------------------------------------------------
-// Eigenvectors overwrite a [n, n], ascending eigenvalues go to w [batch, n], 0 or not to info [batch].
-void symmetric_eigenvectors(const Context& context, const Panel& a, void* w, int* info);      // of many small ones
-void symmetric_eigenvectors_one(const Context& context, const Panel& a, void* w, int* info);  // of one after the other
+// Eigenvectors overwrite a [n, n], ascending eigenvalues go to w [batch, n], 0 or not to info [batch]. Of many small
+// ones at once, and of one after the other.
+void symmetric_eigenvectors(const Context& context, const Matrices& a, void* w, int* info);
+void symmetric_eigenvectors_one(const Context& context, const Matrices& a, void* w, int* info);
 
 }  // namespace osora::cuda

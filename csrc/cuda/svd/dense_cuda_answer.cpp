@@ -26,7 +26,7 @@ DenseCuda::Array DenseCuda::residual_product(const Array& u) const {
     for (int64_t row = 0; row < d_; row += rows) {
       const int64_t now = std::min(rows, d_ - row);
       const Array part = wide(slice(columns(weights_, row, now), positions_[b], count));
-      Panel few = slice(exact, b, count);
+      Matrices few = slice(exact, b, count);
       few.data = static_cast<double*>(few.data) + row;
       gemm(*context_, {part}, {few}, slice(made, b, count), now, 1, row > 0);
     }
@@ -81,14 +81,14 @@ std::vector<core::Candidate<DenseCuda::Array>> DenseCuda::report(const Certifica
     auto& [found, missed] = candidates[b];
     const auto of_matrix = [&](const Array& a) {
       Array one = a;
-      static_cast<Panel&>(one) = slice(a, b, 1);
+      static_cast<Matrices&>(one) = slice(a, b, 1);
       return one;
     };
     found.u = of_matrix(certificate.u);
     found.s = of_matrix(certificate.s);
     found.v = of_matrix(certificate.v);
     const auto residuals = std::make_shared<std::vector<double>>(made.residuals);
-    static_cast<Panel&>(found.residuals) = {residuals->data(), Type::kFloat64, 1, r, 1, r};
+    static_cast<Matrices&>(found.residuals) = {residuals->data(), Type::kFloat64, 1, r, 1, r};
     found.residuals.owner = std::shared_ptr<void>(residuals, residuals->data());
     found.floor = std::ldexp(made.floor, static_cast<int>(row[kExponent]));
     found.converged = made.certified && row[kFailed] == 0 && row[kDefect] <= kLargestDefect;

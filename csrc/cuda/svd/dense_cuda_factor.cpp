@@ -143,7 +143,7 @@ DenseCuda::Array DenseCuda::gram_vectors() {
   const Array made = empty(n, plan_.rank), w = array(1, n, summed), info = array(1, 1, Type::kInt32);
   for (int64_t b = 0; b < batch(); ++b) {
     const Array square = array(n, n, summed, 1);
-    const Panel a = slice(weights_, positions_[b], 1);
+    const Matrices a = slice(weights_, positions_[b], 1);
     gemm(*context_, {a, plan_.transposed}, {a, !plan_.transposed}, square, plan_.rows);
     symmetric_eigenvectors_one(*context_, square, w.as<char>() + b * n * size_of(summed), info.as<int>() + b);
     cuda::copy(columns(square, n - plan_.rank, plan_.rank), slice(made, b, 1), stream());

@@ -20,24 +20,25 @@ cublasOperation_t operation(const Operand& a) { return a.transposed ? CUBLAS_OP_
 
 }  // namespace
 
-Panel slice(const Panel& panel, int64_t first, int64_t count) {
-  Panel part = panel;
-  part.data = panel.at(first);
+Matrices slice(const Matrices& matrices, int64_t first, int64_t count) {
+  Matrices part = matrices;
+  part.data = matrices.at(first);
   part.batch = count;
   return part;
 }
 
-void gemm(const Context& context, const Operand& a, const Operand& b, const Panel& c, int64_t inner, double alpha,
+void gemm(const Context& context, const Operand& a, const Operand& b, const Matrices& c, int64_t inner, double alpha,
           double beta, Gemm how) {
   const float narrow_alpha = static_cast<float>(alpha), narrow_beta = static_cast<float>(beta);
   const bool is_wide = c.type == Type::kFloat64;
   const auto small = [](int64_t x) { return static_cast<int>(x); };
-  check(cublasGemmStridedBatchedEx(
-            context.blas, operation(a), operation(b), small(c.rows), small(c.cols), small(inner),
-            is_wide ? static_cast<const void*>(&alpha) : &narrow_alpha, a.panel.data, data_type(a.panel.type),
-            small(a.panel.rows), a.panel.stride, b.panel.data, data_type(b.panel.type), small(b.panel.rows),
-            b.panel.stride, is_wide ? static_cast<const void*>(&beta) : &narrow_beta, c.data, data_type(c.type),
-            small(c.rows), c.stride, small(c.batch), compute_type(a.panel.type, how), CUBLAS_GEMM_DEFAULT),
+  check(cublasGemmStridedBatchedEx(context.blas, operation(a), operation(b), small(c.rows), small(c.cols), small(inner),
+                                   is_wide ? static_cast<const void*>(&alpha) : &narrow_alpha, a.matrices.data,
+                                   data_type(a.matrices.type), small(a.matrices.rows), a.matrices.stride,
+                                   b.matrices.data, data_type(b.matrices.type), small(b.matrices.rows),
+                                   b.matrices.stride, is_wide ? static_cast<const void*>(&beta) : &narrow_beta, c.data,
+                                   data_type(c.type), small(c.rows), c.stride, small(c.batch),
+                                   compute_type(a.matrices.type, how), CUBLAS_GEMM_DEFAULT),
         "cublasGemmStridedBatchedEx");
 }
 

@@ -84,7 +84,7 @@ struct RootOfSum {
 };
 
 template <class T>
-void scale_to(const Sources& w, const int* exponents, double* partial, const Panel& out, Stream stream) {
+void scale_to(const Sources& w, const int* exponents, double* partial, const Matrices& out, Stream stream) {
   const int64_t parts = weight_partials(w.d);
   const auto launch_to = [&](auto to) {
     using To = decltype(to);
@@ -154,7 +154,7 @@ struct Widen {
 };
 
 template <class From, class To>
-void copy_as(const Panel& from, const Panel& out, Stream stream) {
+void copy_as(const Matrices& from, const Matrices& out, Stream stream) {
   const int64_t count = from.rows * from.cols;
   for_columns(Copy<From, To>{View<const From>(from), View<To>(out), count}, ceil_div(count, kCopied), from.batch,
               stream);
@@ -258,22 +258,22 @@ __device__ __forceinline__ double noise_limit(const Noise& noise, int64_t b, int
 
 template <class T>
 struct Unit {
-  View<T> panel;
+  View<T> matrices;
   Noise noise;
   Random random;
   double* lengths;
   __device__ void operator()(int64_t b, int64_t j) const {
-    T* const column = panel.column(b, j);
-    double norm = length(column, panel.rows);
-    if (lengths && threadIdx.x == 0) lengths[b * panel.cols + j] = norm;
-    if (!(norm > noise_limit(noise, b, j, panel.cols) && norm < INFINITY)) {
-      for (int64_t i = threadIdx.x; i < panel.rows; i += kThreads) {
-        column[i] = static_cast<T>(normal_number(random, b, i * panel.cols + j));
+    T* const column = matrices.column(b, j);
+    double norm = length(column, matrices.rows);
+    if (lengths && threadIdx.x == 0) lengths[b * matrices.cols + j] = norm;
+    if (!(norm > noise_limit(noise, b, j, matrices.cols) && norm < INFINITY)) {
+      for (int64_t i = threadIdx.x; i < matrices.rows; i += kThreads) {
+        column[i] = static_cast<T>(normal_number(random, b, i * matrices.cols + j));
       }
-      norm = length(column, panel.rows);  // a thread reads what it wrote itself
+      norm = length(column, matrices.rows);  // a thread reads what it wrote itself
     }
     const double inverse = 1 / norm;
-    for (int64_t i = threadIdx.x; i < panel.rows; i += kThreads) column[i] = static_cast<T>(column[i] * inverse);
+    for (int64_t i = threadIdx.x; i < matrices.rows; i += kThreads) column[i] = static_cast<T>(column[i] * inverse);
   }
 };
 
@@ -289,7 +289,7 @@ void weight_exponents(const Sources& w, double* partial, int* out, Stream stream
   for_columns(Exponent{partial, parts, out}, 1, w.batch, stream);
 }
 
-void scale_weights(const Sources& w, const int* exponents, double* partial, const Panel& out, double* norms,
+void scale_weights(const Sources& w, const int* exponents, double* partial, const Matrices& out, double* norms,
                    Stream stream) {
   with_weight_type(w.type, [&](auto type) { scale_to<decltype(type)>(w, exponents, partial, out, stream); });
   for_columns(RootOfSum{partial, weight_partials(w.d), norms}, 1, w.batch, stream);
@@ -304,13 +304,13 @@ void store_words(const uint64_t* host, int64_t count, uint64_t* out, Stream stre
   }
 }
 
-void matrix_addresses(const Panel& panel, void** out, Stream stream) {
-  const int64_t bytes = panel.stride * size_of(panel.type);
-  for_columns(Addresses{static_cast<char*>(panel.data), bytes, panel.batch, out}, ceil_div(panel.batch, kThreads), 1,
-              stream);
+void matrix_addresses(const Matrices& matrices, void** out, Stream stream) {
+  const int64_t bytes = matrices.stride * size_of(matrices.type);
+  for_columns(Addresses{static_cast<char*>(matrices.data), bytes, matrices.batch, out},
+              ceil_div(matrices.batch, kThreads), 1, stream);
 }
 
-void copy(const Panel& from, const Panel& out, Stream stream) {
+void copy(const Matrices& from, const Matrices& out, Stream stream) {
   const int64_t count = from.rows * from.cols;
   if (from.type == Type::kBFloat16) {
     return for_columns(Widen{View<const __nv_bfloat16>(from), View<double>(out), count}, ceil_div(count, kCopied),
@@ -323,28 +323,28 @@ void copy(const Panel& from, const Panel& out, Stream stream) {
   copy_as<uint32_t, uint32_t>(from, out, stream);
 }
 
-void gather_columns(const Panel& from, const int* which, const Panel& out, Stream stream) {
+void gather_columns(const Matrices& from, const int* which, const Matrices& out, Stream stream) {
   with_type(from.type, [&](auto type) {
     using T = decltype(type);
     for_columns(Gather<T>{View<const T>(from), which, View<T>(out)}, out.cols, out.batch, stream);
   });
 }
 
-void split_terms(const Panel& from, int terms, const Panel& out, Stream stream) {
+void split_terms(const Matrices& from, int terms, const Matrices& out, Stream stream) {
   for_columns(Split{View<const float>(from), terms, View<__nv_bfloat16>(out)}, from.cols, from.batch, stream);
 }
 
-void sum_terms(const Panel& from, int terms, const Panel& out, Stream stream) {
+void sum_terms(const Matrices& from, int terms, const Matrices& out, Stream stream) {
   for_columns(SumTerms{View<const float>(from), terms, View<float>(out)}, out.cols, out.batch, stream);
 }
 
-void fill_normal(const Panel& out, const Random& random, Stream stream) {
+void fill_normal(const Matrices& out, const Random& random, Stream stream) {
   with_type(out.type, [&](auto type) {
     for_columns(Normal<decltype(type)>{View<decltype(type)>(out), random}, out.cols, out.batch, stream);
   });
 }
 
-void column_norms(const Panel& from, double* out, Stream stream) {
+void column_norms(const Matrices& from, double* out, Stream stream) {
   with_type(from.type, [&](auto type) {
     using T = decltype(type);
     for_columns(Norms<T>{View<const T>(from), out}, from.cols, from.batch, stream);
@@ -355,10 +355,10 @@ void raise_to_largest(const double* values, int64_t count, int64_t batch, double
   for_columns(RaiseToLargest{values, count, out}, 1, batch, stream);
 }
 
-void unit_columns(const Panel& panel, const Noise& noise, const Random& random, double* lengths, Stream stream) {
-  with_type(panel.type, [&](auto type) {
+void unit_columns(const Matrices& matrices, const Noise& noise, const Random& random, double* lengths, Stream stream) {
+  with_type(matrices.type, [&](auto type) {
     using T = decltype(type);
-    for_columns(Unit<T>{View<T>(panel), noise, random, lengths}, panel.cols, panel.batch, stream);
+    for_columns(Unit<T>{View<T>(matrices), noise, random, lengths}, matrices.cols, matrices.batch, stream);
   });
 }
 

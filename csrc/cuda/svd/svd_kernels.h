@@ -21,7 +21,7 @@ constexpr int64_t size_of(Type type) {
 }
 
 // A batch of matrices [rows, cols], column by column without a gap, `stride` numbers from one matrix to the next.
-struct Panel {
+struct Matrices {
   void* data = nullptr;
   Type type = Type::kFloat32;
   int64_t rows = 0, cols = 0, batch = 0, stride = 0;
@@ -42,22 +42,22 @@ struct Sources {
 int64_t weight_partials(int64_t d);
 // out[b] = the e with largest |w| in [2^(e-1), 2^e); 0 for a zero matrix. Int32.
 void weight_exponents(const Sources& weights, double* partial, int* out, Stream stream);
-// out[b] = w 2^-exponent: the panel is [ld, d] with ld >= k, its rows beyond k are 0. norms[b]: Frobenius norm.
-void scale_weights(const Sources& weights, const int* exponents, double* partial, const Panel& out, double* norms,
+// out[b] = w 2^-exponent: [ld, d] with ld >= k, whose rows beyond k are 0. norms[b]: Frobenius norm.
+void scale_weights(const Sources& weights, const int* exponents, double* partial, const Matrices& out, double* norms,
                    Stream stream);
 
 // -- moves ------------------------------------------------------------------------------------------------------------
 // Host numbers as arguments of a launch: no copy that would wait, nothing to keep alive.
 void store_words(const uint64_t* host, int64_t count, uint64_t* out, Stream stream);
-void matrix_addresses(const Panel& panel, void** out, Stream stream);
+void matrix_addresses(const Matrices& matrices, void** out, Stream stream);
 // Of equal shapes; between float64 and float32 it rounds. Also from bfloat16 to float64.
-void copy(const Panel& from, const Panel& out, Stream stream);
+void copy(const Matrices& from, const Matrices& out, Stream stream);
 // out[:, j] = from[:, which[j]]; which: Int32 [batch, out.cols].
-void gather_columns(const Panel& from, const int* which, const Panel& out, Stream stream);
+void gather_columns(const Matrices& from, const int* which, const Matrices& out, Stream stream);
 // float32 [n, cols] -> bfloat16 [ld, terms * cols], whose sum over the terms is `from` to 8 bits per term.
-void split_terms(const Panel& from, int terms, const Panel& out, Stream stream);
+void split_terms(const Matrices& from, int terms, const Matrices& out, Stream stream);
 // float32 [n, terms * cols] -> the sum over the terms, the smallest first; terms is 2 or 3.
-void sum_terms(const Panel& from, int terms, const Panel& out, Stream stream);
+void sum_terms(const Matrices& from, int terms, const Matrices& out, Stream stream);
 
 // -- columns ----------------------------------------------------------------------------------------------------------
 // Number i * cols + j of `stream_number` and of matrix b's key goes to row i, column j: as in core/philox.h.
@@ -65,8 +65,8 @@ struct Random {
   const uint64_t* keys;  // mixed_key() per matrix
   uint32_t stream_number;
 };
-void fill_normal(const Panel& out, const Random& random, Stream stream);
-void column_norms(const Panel& from, double* out, Stream stream);  // [batch, cols]
+void fill_normal(const Matrices& out, const Random& random, Stream stream);
+void column_norms(const Matrices& from, double* out, Stream stream);  // [batch, cols]
 
 // What counts as no column at all: nothing longer than level * scale[b]; or, with norms [batch, cols], the rule of the
 // Lanczos step: level * seen * max(norms[j], level * seen), where seen = max(scale[b], norms).
@@ -78,33 +78,33 @@ struct Noise {
 // out[b] = the largest of itself and of values [batch, count].
 void raise_to_largest(const double* values, int64_t count, int64_t batch, double* out, Stream stream);
 // Columns to length one; noise, zero and NaN are replaced by random ones. lengths [batch, cols]: before; may be null.
-void unit_columns(const Panel& panel, const Noise& noise, const Random& random, double* lengths, Stream stream);
+void unit_columns(const Matrices& matrices, const Noise& noise, const Random& random, double* lengths, Stream stream);
 
 // -- Cholesky, eigenvectors -------------------------------------------------------------------------------------------
 // gram += shift I; identity = I.
-void shift_gram(const Panel& gram, double shift, const Panel& identity, Stream stream);
+void shift_gram(const Matrices& gram, double shift, const Matrices& identity, Stream stream);
 // out = the inverse of the factor (lower), with rows of zeros where the pivot is <= least or the factor failed; a
 // failure also sets failed[b] = 1.
-void usable_inverse(const Panel& factor, const Panel& inverse, const int* info, double least, int* failed,
-                    const Panel& out, Stream stream);
+void usable_inverse(const Matrices& factor, const Matrices& inverse, const int* info, double least, int* failed,
+                    const Matrices& out, Stream stream);
 // Ascending eigenvalues w [batch, n] and their vectors to descending lambda >= 0 and q, sigma[b] = sqrt(lambda[0]).
 // Where the solver failed: zeros, and failed[b] = 1.
-void descending_eigenpairs(const double* w, const Panel& vectors, const int* info, const Panel& lambda, const Panel& q,
-                           double* sigma, int* failed, Stream stream);
+void descending_eigenpairs(const double* w, const Matrices& vectors, const int* info, const Matrices& lambda,
+                           const Matrices& q, double* sigma, int* failed, Stream stream);
 // failed[b] = 1 where info[b] is not 0.
 void mark_failures(const int* info, int64_t batch, int* failed, Stream stream);
 // out[b] = largest |(gram - I)[i, j]|.
-void gram_defects(const Panel& gram, double* out, Stream stream);
+void gram_defects(const Matrices& gram, double* out, Stream stream);
 
 // -- Rayleigh-Ritz ----------------------------------------------------------------------------------------------------
 // out[j] = the length of the last `block` rows of column j, for the first `count` columns: [batch, count].
-void tails(const Panel& q, int64_t block, int64_t count, double* out, Stream stream);
+void tails(const Matrices& q, int64_t block, int64_t count, double* out, Stream stream);
 // The numbers of the `keep` largest of values [batch, count], the largest first: [batch, keep].
 void largest_first(const double* values, int64_t count, int64_t keep, int64_t batch, int* out, Stream stream);
 // r[:, j] -= v[:, which[j]] lambda[which[j]].
-void subtract_ritz(const Panel& v, const Panel& lambda, const int* which, const Panel& r, Stream stream);
+void subtract_ritz(const Matrices& v, const Matrices& lambda, const int* which, const Matrices& r, Stream stream);
 // out[j] = sqrt(lambda[which[j]]).
-void ritz_values(const Panel& lambda, const int* which, const Panel& out, Stream stream);
+void ritz_values(const Matrices& lambda, const int* which, const Matrices& out, Stream stream);
 // out[b] = largest sizes[j] / (sigma max(sigma, floor sigma_1)) with sigma^2 = lambda[which[j]]; without those that are
 // rounding (by level * frobenius), and without which[j] >= rank. NaN where failed[b].
 struct RitzSizes {
@@ -115,21 +115,21 @@ struct RitzSizes {
   const double* frobenius;
   const int* failed;
 };
-void relative_sizes(const RitzSizes& input, const Panel& lambda, double* out, Stream stream);
+void relative_sizes(const RitzSizes& input, const Matrices& lambda, double* out, Stream stream);
 
 // -- the answer -------------------------------------------------------------------------------------------------------
 // Columns in the order of `order` [batch, r], the largest |u| of each positive, rounded to the type of the outputs.
 struct Triplets {
-  Panel u, v;       // [d, r], [k, r]
+  Matrices u, v;    // [d, r], [k, r]
   const double* s;  // [batch, r], scaled
   const int* order;
   const int* exponents;
 };
 // out_s = s 2^exponent, rounded to its type; stored[j] = that number times 2^-exponent.
-void finish_triplets(const Triplets& input, const Panel& out_u, const Panel& out_v, const Panel& out_s, double* stored,
-                     Stream stream);
+void finish_triplets(const Triplets& input, const Matrices& out_u, const Matrices& out_v, const Matrices& out_s,
+                     double* stored, Stream stream);
 // out[j] = |product[:, j] - v[:, j] stored[j]|, in float64.
-void residual_norms(const Panel& product, const Panel& v, const double* stored, double* out, Stream stream);
+void residual_norms(const Matrices& product, const Matrices& v, const double* stored, double* out, Stream stream);
 
 // One row of numbers per matrix, for the one read of a certificate.
 enum ReportEntry { kDefect, kSmallest, kSeen, kFailed, kExponent, kSizes };

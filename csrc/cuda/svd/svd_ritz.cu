@@ -239,12 +239,12 @@ struct PackReport {
 
 }  // namespace
 
-void shift_gram(const Panel& gram, double shift, const Panel& identity, Stream stream) {
+void shift_gram(const Matrices& gram, double shift, const Matrices& identity, Stream stream) {
   for_columns(ShiftGram{View<double>(gram), shift, View<double>(identity)}, gram.cols, gram.batch, stream);
 }
 
-void usable_inverse(const Panel& factor, const Panel& inverse, const int* info, double least, int* failed,
-                    const Panel& out, Stream stream) {
+void usable_inverse(const Matrices& factor, const Matrices& inverse, const int* info, double least, int* failed,
+                    const Matrices& out, Stream stream) {
   const View<const double> lower(factor), solved(inverse);
   with_type(out.type, [&](auto type) {
     using T = decltype(type);
@@ -252,8 +252,8 @@ void usable_inverse(const Panel& factor, const Panel& inverse, const int* info, 
   });
 }
 
-void descending_eigenpairs(const double* w, const Panel& vectors, const int* info, const Panel& lambda, const Panel& q,
-                           double* sigma, int* failed, Stream stream) {
+void descending_eigenpairs(const double* w, const Matrices& vectors, const int* info, const Matrices& lambda,
+                           const Matrices& q, double* sigma, int* failed, Stream stream) {
   for_columns(Descending{w, View<const double>(vectors), info, View<double>(lambda), View<double>(q), sigma, failed},
               q.cols, q.batch, stream);
 }
@@ -262,11 +262,11 @@ void mark_failures(const int* info, int64_t batch, int* failed, Stream stream) {
   for_columns(MarkFailures{info, batch, failed}, ceil_div(batch, kThreads), 1, stream);
 }
 
-void gram_defects(const Panel& gram, double* out, Stream stream) {
+void gram_defects(const Matrices& gram, double* out, Stream stream) {
   for_columns(Defect{View<const double>(gram), out}, 1, gram.batch, stream);
 }
 
-void tails(const Panel& q, int64_t block, int64_t count, double* out, Stream stream) {
+void tails(const Matrices& q, int64_t block, int64_t count, double* out, Stream stream) {
   for_columns(Tails{View<const double>(q), block, count, out}, count, q.batch, stream);
 }
 
@@ -274,7 +274,7 @@ void largest_first(const double* values, int64_t count, int64_t keep, int64_t ba
   for_columns(LargestFirst{values, count, keep, out}, count, batch, stream);
 }
 
-void subtract_ritz(const Panel& v, const Panel& lambda, const int* which, const Panel& r, Stream stream) {
+void subtract_ritz(const Matrices& v, const Matrices& lambda, const int* which, const Matrices& r, Stream stream) {
   with_type(r.type, [&](auto type) {
     using T = decltype(type);
     for_columns(SubtractRitz<T>{View<const T>(v), View<const double>(lambda), which, View<T>(r)}, r.cols, r.batch,
@@ -282,16 +282,16 @@ void subtract_ritz(const Panel& v, const Panel& lambda, const int* which, const 
   });
 }
 
-void ritz_values(const Panel& lambda, const int* which, const Panel& out, Stream stream) {
+void ritz_values(const Matrices& lambda, const int* which, const Matrices& out, Stream stream) {
   for_columns(RitzValues{View<const double>(lambda), which, View<double>(out)}, 1, out.batch, stream);
 }
 
-void relative_sizes(const RitzSizes& input, const Panel& lambda, double* out, Stream stream) {
+void relative_sizes(const RitzSizes& input, const Matrices& lambda, double* out, Stream stream) {
   for_columns(RelativeSize{input, View<const double>(lambda), out}, 1, lambda.batch, stream);
 }
 
-void finish_triplets(const Triplets& in, const Panel& out_u, const Panel& out_v, const Panel& out_s, double* stored,
-                     Stream stream) {
+void finish_triplets(const Triplets& in, const Matrices& out_u, const Matrices& out_v, const Matrices& out_s,
+                     double* stored, Stream stream) {
   with_type(in.u.type, [&](auto work) {
     using T = decltype(work);
     const View<const T> u(in.u), v(in.v);
@@ -305,7 +305,7 @@ void finish_triplets(const Triplets& in, const Panel& out_u, const Panel& out_v,
   });
 }
 
-void residual_norms(const Panel& product, const Panel& v, const double* stored, double* out, Stream stream) {
+void residual_norms(const Matrices& product, const Matrices& v, const double* stored, double* out, Stream stream) {
   with_type(v.type, [&](auto type) {
     using T = decltype(type);
     for_columns(ResidualNorm<T>{View<const double>(product), View<const T>(v), stored, out}, v.cols, v.batch, stream);

@@ -25,12 +25,12 @@ void for_columns(const Step& step, int64_t cols, int64_t batch, Stream stream) {
   launch(columns_kernel<Step>, dim3(cols * batch), dim3(kThreads), block_reduce_bytes(kThreads), stream, step, cols);
 }
 
-// A Panel whose type is known.
+// Matrices whose type is known.
 template <class T>
 struct View {
   T* data;
   int64_t rows, cols, stride;
-  explicit View(const Panel& p) : data(static_cast<T*>(p.data)), rows(p.rows), cols(p.cols), stride(p.stride) {}
+  explicit View(const Matrices& p) : data(static_cast<T*>(p.data)), rows(p.rows), cols(p.cols), stride(p.stride) {}
   __device__ __forceinline__ T* column(int64_t b, int64_t j) const { return data + b * stride + j * rows; }
 };
 

@@ -22,7 +22,7 @@ struct Problem {
   int* info;
 };
 
-Problem problem(const Panel& a, void* w, int* info, int64_t b) {
+Problem problem(const Matrices& a, void* w, int* info, int64_t b) {
   return {data_type(a.type), a.rows, a.at(b), static_cast<char*>(w) + b * a.rows * size_of(a.type), info + b};
 }
 
@@ -32,7 +32,7 @@ struct Workspace {
 
 }  // namespace
 
-void symmetric_eigenvectors_one(const Context& context, const Panel& a, void* w, int* info) {
+void symmetric_eigenvectors_one(const Context& context, const Matrices& a, void* w, int* info) {
   for (int64_t b = 0; b < a.batch; ++b) {
     const Problem p = problem(a, w, info, b);
     Workspace size;
@@ -48,7 +48,7 @@ void symmetric_eigenvectors_one(const Context& context, const Panel& a, void* w,
   }
 }
 
-void symmetric_eigenvectors(const Context& context, const Panel& a, void* w, int* info) {
+void symmetric_eigenvectors(const Context& context, const Matrices& a, void* w, int* info) {
 #if CUSOLVER_VERSION >= 11701
   if (has_batched_eigen()) {
     const int64_t most = std::clamp<int64_t>(std::numeric_limits<int32_t>::max() / (a.rows * a.rows), 1, kLargestBatch);
