@@ -9,12 +9,12 @@
 #include <memory>
 #include <random>
 
+#include "core/accumulate.h"
 #include "cuda/common/half.cuh"
-#include "cuda/fold/fold.h"
 
 namespace osora::driver {
 
-using cuda::accumulate_t;
+using core::accumulate_t;
 
 template <class T>
 struct Number;

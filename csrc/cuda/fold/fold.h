@@ -5,25 +5,15 @@
 // of whole 16-byte packs (r % 8 == 0 for 16-bit factors) are fast. No atomics: the result is the same bits in every
 // run, on every number of SMs.
 #pragma once
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
 #include <cuda_runtime.h>
 
 #include <cstdint>
 
+#include "core/accumulate.h"
+
 namespace osora::cuda {
 
-// The type of S0, s, o, P and every sum.
-template <class T>
-struct Accumulate {
-  using type = float;
-};
-template <>
-struct Accumulate<double> {
-  using type = double;
-};
-template <class T>
-using accumulate_t = typename Accumulate<T>::type;
+using core::accumulate_t;
 
 // d_out[i, j] = u[i, j] * (o[i] (s0[j] + s[j]) + s[j]), computed in the accumulation type, rounded once.
 // u, d_out [d, r]; s0, s [r]; o [d].

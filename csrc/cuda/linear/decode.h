@@ -6,9 +6,15 @@
 // with W and for V by itself. No atomics: the same bits in every run and on every number of SMs. A row's result does
 // not depend on the rows beside it, nor on how many there are.
 #pragma once
-#include "cuda/fold/fold.h"
+#include <cuda_runtime.h>
+
+#include <cstdint>
+
+#include "core/accumulate.h"
 
 namespace osora::cuda {
+
+using core::accumulate_t;
 
 // Whose deltas a row takes: row i is of adapter index[i], -1 is the base model. An index outside [-1, count) reads
 // nothing, and its row of y becomes NaN. (The operator refuses one where it can look.)

@@ -5,11 +5,17 @@
 // t U^T serves all of them: scale makes t from h, combine adds the product to y.
 //
 // An index outside [-1, adapters) reads nothing: its row becomes NaN. (The operator refuses one where it can look.)
-// All arrays are row-major and contiguous; any size and alignment is right. As in fold.h, whole 16-byte packs are fast.
+// All arrays are row-major and contiguous; any size and alignment is right. As in fold/fold.h, whole packs are fast.
 #pragma once
-#include "cuda/fold/fold.h"
+#include <cuda_runtime.h>
+
+#include <cstdint>
+
+#include "core/accumulate.h"
 
 namespace osora::cuda {
+
+using core::accumulate_t;
 
 // With a = index[i]:  t[i, j] = h[i, j] (s0[j] + s[a, j])  and  t[n + i, j] = h[i, j] s[a, j], rounded once each; zeros
 // where a is -1, and in columns j >= ranks[a], which an adapter of smaller rank does not have.

@@ -1,24 +1,31 @@
 // SPDX-License-Identifier: Apache-2.0
-// The CUDA name of a torch number type; both are the same bits.
+// The same for csrc/cuda, which has CUDA's names for the 16-bit numbers; both are the same bits.
 #pragma once
-#include <c10/util/BFloat16.h>
-#include <c10/util/Half.h>
+#include <ATen/core/Tensor.h>
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
+#include "torch/common/numbers.h"
+
 namespace osora {
 
-template <class T>
+// The numbers of tensors of T, as a kernel takes them.
+template <class T, class Name = T>
 struct CudaNumber {
-  using type = T;
+  using type = Name;
+  static const Name* read(const at::Tensor& t) { return reinterpret_cast<const Name*>(t.const_data_ptr<T>()); }
+  static Name* write(const at::Tensor& t) { return reinterpret_cast<Name*>(t.mutable_data_ptr<T>()); }
 };
-template <>
-struct CudaNumber<c10::BFloat16> {
-  using type = __nv_bfloat16;
-};
-template <>
-struct CudaNumber<c10::Half> {
-  using type = __half;
-};
+
+inline CudaNumber<double> cuda_number(double) { return {}; }
+inline CudaNumber<float> cuda_number(float) { return {}; }
+inline CudaNumber<c10::BFloat16, __nv_bfloat16> cuda_number(c10::BFloat16) { return {}; }
+inline CudaNumber<c10::Half, __half> cuda_number(c10::Half) { return {}; }
+
+// call(CudaNumber of a tensor's dtype)
+template <class Call>
+void with_cuda_number(at::ScalarType type, Call call) {
+  with_number(type, [&](auto number) { call(cuda_number(number)); });
+}
 
 }  // namespace osora

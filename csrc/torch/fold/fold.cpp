@@ -1,7 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "torch/fold/fold.h"
 
-#include <ATen/Dispatch.h>
 #include <ATen/Parallel.h>
 #include <ATen/ops/add.h>
 #include <ATen/ops/empty.h>
@@ -10,10 +9,12 @@
 #include <ATen/ops/zeros.h>
 #include <torch/library.h>
 
+#include "core/accumulate.h"
 #include "cpu/fold.h"
 #include "cpu/fold_loops.h"
 #include "torch/common/checks.h"
 #include "torch/common/guards.h"
+#include "torch/common/numbers.h"
 
 namespace osora {
 namespace {
@@ -47,10 +48,11 @@ void fold_rows_cpu(const at::Tensor& U, const at::Tensor& start, const at::Tenso
                o.const_data_ptr<float>(), static_cast<T*>(D.mutable_data_ptr()), begin, end, r);
   });
   if (done) return;
-  AT_DISPATCH_FLOATING_TYPES_AND2(at::kBFloat16, at::kHalf, U.scalar_type(), "osora::fold", [&] {
-    using A = std::conditional_t<std::is_same_v<scalar_t, double>, double, float>;
-    cpu::fold_rows(U.const_data_ptr<scalar_t>(), start.const_data_ptr<A>(), s.const_data_ptr<A>(),
-                   o.const_data_ptr<A>(), D.mutable_data_ptr<scalar_t>(), begin, end, r);
+  with_number(U.scalar_type(), [&](auto number) {
+    using T = decltype(number);
+    using A = core::accumulate_t<T>;
+    cpu::fold_rows(U.const_data_ptr<T>(), start.const_data_ptr<A>(), s.const_data_ptr<A>(), o.const_data_ptr<A>(),
+                   D.mutable_data_ptr<T>(), begin, end, r);
   });
 }
 
@@ -90,10 +92,11 @@ std::tuple<at::Tensor, at::Tensor> fold_backward_cpu(const at::Tensor& U, const 
     });
   });
   if (!done) {
-    AT_DISPATCH_FLOATING_TYPES_AND2(at::kBFloat16, at::kHalf, U.scalar_type(), "osora::fold_backward", [&] {
-      using A = std::conditional_t<std::is_same_v<scalar_t, double>, double, float>;
+    with_number(U.scalar_type(), [&](auto number) {
+      using T = decltype(number);
+      using A = core::accumulate_t<T>;
       each_partial(A(), [&](int64_t begin, int64_t end, A* ds) {
-        cpu::fold_backward_rows(U.const_data_ptr<scalar_t>(), P.const_data_ptr<A>(), start.const_data_ptr<A>(),
+        cpu::fold_backward_rows(U.const_data_ptr<T>(), P.const_data_ptr<A>(), start.const_data_ptr<A>(),
                                 o.const_data_ptr<A>(), ds, need_o ? d_o.mutable_data_ptr<A>() : nullptr, begin, end, r);
       });
     });

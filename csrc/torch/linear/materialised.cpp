@@ -21,6 +21,8 @@ namespace {
 // Numbers of W_eff that are summed in float32 at a time: bounds the memory beside W_eff itself, 16 MiB.
 constexpr int64_t kBlock = 4194304;
 
+constexpr at::ScalarType kTypes[] = {at::kDouble, at::kFloat, at::kBFloat16, at::kHalf};  // it may be kept in
+
 // A tensor as it was: this view of this storage at this version.
 class Stamp {
  public:
@@ -110,7 +112,7 @@ class Memo {
   void refresh(const EffectiveSources& f) {
     const std::lock_guard lock(mutex_);
     bool none = true;
-    for (const auto type : {at::kDouble, at::kFloat, at::kBFloat16, at::kHalf}) {
+    for (const auto type : kTypes) {
       if (!kept_.contains(key(f.weight, f.o, type))) continue;
       make(f, type);
       none = false;
@@ -120,14 +122,14 @@ class Memo {
 
   void drop(const at::Tensor& weight, const at::Tensor& o) {
     const std::lock_guard lock(mutex_);
-    for (const auto type : {at::kDouble, at::kFloat, at::kBFloat16, at::kHalf}) kept_.erase(key(weight, o, type));
+    for (const auto type : kTypes) kept_.erase(key(weight, o, type));
     forget_the_dead();
   }
 
   std::vector<at::Tensor> list(const at::Tensor& weight, const at::Tensor& o) {
     const std::lock_guard lock(mutex_);
     std::vector<at::Tensor> found;
-    for (const auto type : {at::kDouble, at::kFloat, at::kBFloat16, at::kHalf}) {
+    for (const auto type : kTypes) {
       const auto one = kept_.find(key(weight, o, type));
       if (one != kept_.end()) found.push_back(one->second.effective);
     }

@@ -1,12 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "torch/linear/multi.h"
 
-#include <ATen/Dispatch.h>
 #include <ATen/Parallel.h>
 #include <ATen/ops/empty.h>
 
+#include "core/accumulate.h"
 #include "cpu/multi.h"
 #include "torch/common/checks.h"
+#include "torch/common/numbers.h"
 #ifdef OSORA_CUDA
 #include "torch/linear/on_cuda.h"
 #endif
@@ -22,12 +23,13 @@ at::Tensor multi_scale_cpu(const at::Tensor& h, const at::Tensor& S0, const at::
                            const std::optional<at::Tensor>& ranks, const at::Tensor& index) {
   const int64_t n = h.size(0), r = h.size(1);
   auto t = at::empty({2 * n, r}, h.options());
-  AT_DISPATCH_FLOATING_TYPES_AND2(at::kBFloat16, at::kHalf, h.scalar_type(), "osora::linear_multi", [&] {
-    using A = std::conditional_t<std::is_same_v<scalar_t, double>, double, float>;
+  with_number(h.scalar_type(), [&](auto number) {
+    using T = decltype(number);
+    using A = core::accumulate_t<T>;
     at::parallel_for(0, n, std::max<int64_t>(1, kGrain / std::max<int64_t>(1, r)), [&](int64_t begin, int64_t end) {
-      cpu::multi_scale_rows(h.const_data_ptr<scalar_t>(), S0.const_data_ptr<A>(), s.const_data_ptr<A>(),
+      cpu::multi_scale_rows(h.const_data_ptr<T>(), S0.const_data_ptr<A>(), s.const_data_ptr<A>(),
                             ranks ? ranks->const_data_ptr<int64_t>() : nullptr, index.const_data_ptr<int64_t>(),
-                            t.mutable_data_ptr<scalar_t>(), begin, end, n, r);
+                            t.mutable_data_ptr<T>(), begin, end, n, r);
     });
   });
   return t;
@@ -35,10 +37,11 @@ at::Tensor multi_scale_cpu(const at::Tensor& h, const at::Tensor& S0, const at::
 
 void multi_combine_cpu(at::Tensor& y, const at::Tensor& t, const at::Tensor& o, const at::Tensor& index) {
   const int64_t n = y.size(0), d = y.size(1);
-  AT_DISPATCH_FLOATING_TYPES_AND2(at::kBFloat16, at::kHalf, y.scalar_type(), "osora::linear_multi", [&] {
-    using A = std::conditional_t<std::is_same_v<scalar_t, double>, double, float>;
+  with_number(y.scalar_type(), [&](auto number) {
+    using T = decltype(number);
+    using A = core::accumulate_t<T>;
     at::parallel_for(0, n * d, kGrain, [&](int64_t begin, int64_t end) {
-      cpu::multi_combine(y.mutable_data_ptr<scalar_t>(), t.const_data_ptr<scalar_t>(), o.const_data_ptr<A>(),
+      cpu::multi_combine(y.mutable_data_ptr<T>(), t.const_data_ptr<T>(), o.const_data_ptr<A>(),
                          index.const_data_ptr<int64_t>(), begin, end, n, d);
     });
   });

@@ -9,6 +9,7 @@
 
 #include "core/philox.h"
 #include "core/svd_verdict.h"
+#include "torch/common/numbers.h"
 #include "torch/svd/rounding.h"
 #include "torch/svd/scale.h"
 
@@ -154,11 +155,9 @@ void DenseAten::rotate(Array& v, const Array& q, int64_t width, int64_t keep) {
 DenseAten::Array DenseAten::gaussian(int64_t rows, int64_t cols) {
   auto host = at::empty({batch(), rows, cols}, at::TensorOptions().dtype(work_));
   for (int64_t b = 0; b < batch(); ++b) {
-    if (work_ == at::kDouble) {
-      core::fill_gaussian(host[b].mutable_data_ptr<double>(), rows * cols, seed_, keys_[b], draws_);
-    } else {
-      core::fill_gaussian(host[b].mutable_data_ptr<float>(), rows * cols, seed_, keys_[b], draws_);
-    }
+    with_wide_number(work_, [&](auto number) {
+      core::fill_gaussian(host[b].mutable_data_ptr<decltype(number)>(), rows * cols, seed_, keys_[b], draws_);
+    });
   }
   ++draws_;
   return host.to(options_.device());
@@ -169,10 +168,11 @@ DenseAten::Array DenseAten::column_norms(const Array& a) {
     return at::linalg_vector_norm(a, 2, at::IntArrayRef{1}, true);
   }
   auto norms = at::empty({a.size(0), 1, a.size(2)}, a.options());
-  AT_DISPATCH_FLOATING_TYPES(a.scalar_type(), "osora::column_norms", [&] {
+  with_wide_number(a.scalar_type(), [&](auto number) {
+    using T = decltype(number);
     for (int64_t b = 0; b < a.size(0); ++b) {
-      narrow_norms(a.const_data_ptr<scalar_t>() + b * a.stride(0), a.size(1), a.size(2), a.stride(1),
-                   norms[b].mutable_data_ptr<scalar_t>());
+      narrow_norms(a.const_data_ptr<T>() + b * a.stride(0), a.size(1), a.size(2), a.stride(1),
+                   norms[b].mutable_data_ptr<T>());
     }
   });
   return norms;

@@ -1,7 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "torch/svd/panels.h"
 
-#include <ATen/Dispatch.h>
 #include <ATen/Parallel.h>
 #include <ATen/ops/addmm.h>
 #include <ATen/ops/empty.h>
@@ -15,6 +14,7 @@
 
 #include "cpu/skinny.h"
 #include "torch/common/guards.h"
+#include "torch/common/numbers.h"
 #include "torch/common/workers.h"
 #include "torch/svd/rounding.h"
 #include "torch/svd/scale.h"
@@ -110,9 +110,10 @@ void copy_rows(const float* from, int64_t from_stride, float* to, int64_t to_str
 // total [k, n] = the sum of sums [groups, k, n], or of [groups, n, k] if `turned`; in one order, whoever made them.
 void add_up(const at::Tensor& sums, bool turned, at::Tensor& total) {
   const int64_t k = total.size(0), n = total.size(1), groups = sums.size(0);
-  AT_DISPATCH_FLOATING_TYPES(total.scalar_type(), "osora::panels", [&] {
-    const scalar_t* const from = sums.const_data_ptr<scalar_t>();
-    scalar_t* const to = total.mutable_data_ptr<scalar_t>();
+  with_wide_number(total.scalar_type(), [&](auto number) {
+    using T = decltype(number);
+    const T* const from = sums.const_data_ptr<T>();
+    T* const to = total.mutable_data_ptr<T>();
     // Entries of one sum are neighbours along the longer side of a tile.
     at::parallel_for(0, (k + 63) / 64, 16, [&](int64_t begin, int64_t end) {
       const int64_t first = begin * 64, last = std::min(end * 64, k);
@@ -123,11 +124,11 @@ void add_up(const at::Tensor& sums, bool turned, at::Tensor& total) {
         }
         return;
       }
-      scalar_t row[64];
+      T row[64];
       for (int64_t tile = first; tile < last; tile += 64) {
         const int64_t width = std::min<int64_t>(64, last - tile);
         for (int64_t j = 0; j < n; ++j) {
-          const scalar_t* const start = from + j * k + tile;
+          const T* const start = from + j * k + tile;
           for (int64_t i = 0; i < width; ++i) row[i] = start[i];
           for (int64_t group = 1; group < groups; ++group) {
             for (int64_t i = 0; i < width; ++i) row[i] += start[group * k * n + i];

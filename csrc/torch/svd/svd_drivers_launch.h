@@ -2,7 +2,6 @@
 // From a tensor to a driver of cuda/svd/svd_drivers.h and back: scale, lay out, call. Shared by on_cuda.cpp and by the
 // emulator of the tests.
 #pragma once
-#include <ATen/Dispatch.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/from_blob.h>
 
@@ -12,6 +11,7 @@
 #include "core/svd_drivers_limits.h"
 #include "cuda/svd/svd_drivers.h"
 #include "torch/common/checks.h"
+#include "torch/common/numbers.h"
 #include "torch/svd/on_cuda.h"
 #include "torch/svd/scale.h"
 
@@ -37,8 +37,8 @@ inline Factors svd_driver_launch(const at::Tensor& weight, core::SvdMethod metho
   scale_by(scaled, -exponent);
 
   cuda::DriverFactors found;
-  AT_DISPATCH_FLOATING_TYPES(scaled.scalar_type(), "osora::truncated_svd", [&] {
-    found = cuda::svd_driver(context, method, scaled.mutable_data_ptr<scalar_t>(), rows, cols, rank);
+  with_wide_number(scaled.scalar_type(), [&](auto number) {
+    found = cuda::svd_driver(context, method, scaled.mutable_data_ptr<decltype(number)>(), rows, cols, rank);
   });
   const auto vectors = [&](const cuda::Vectors& from, int64_t length) {
     return over(from.data, {length, rank}, {from.row_stride, from.column_stride}, options)
