@@ -33,8 +33,8 @@ SOURCES := $(shell find csrc cmake build_backend python -type f ! -name '*.pyc' 
   CMakeLists.txt setup.py pyproject.toml README.md
 
 # What runs csrc/cuda on the CPU.
-COVERAGE_TESTS := tests/test_fold.py tests/test_fold_many.py tests/test_multi_kernels.py tests/test_decode.py \
-  tests/test_dense_cuda.py tests/test_svd_drivers.py \
+COVERAGE_TESTS := tests/test_fold.py tests/test_multi_kernels.py tests/test_decode.py tests/test_dense_cuda.py \
+  tests/test_svd_drivers.py \
   -k 'emulated or dense'
 
 # Nothing of a run depends on the user's language, and nothing is fetched from a model hub.
@@ -130,7 +130,7 @@ build/peft-%/.done: $(STAMPS)/test
 # What stands on torch, under another version: operators, layers, torch.compile and torch.export around them, the SVD, the
 # build. Each version has an environment of its own, without CUDA. 2.11.0 is the oldest that is supported.
 TORCH_VERSIONS := 2.11.0 2.13.0
-TORCH_TESTS := $(patsubst %,tests/test_%.py,api build linear linear_add linear_autograd linear_multi fold fold_many decode \
+TORCH_TESTS := $(patsubst %,tests/test_%.py,api build linear linear_add linear_autograd linear_multi fold decode \
   effective sorsa sorsa_adapter ablations layers composition execution compiled_model multi_adapters distributed \
   truncated_svd svd_hostile svd_floor)
 other_torch = OSORA_CUDA=0 $(MAKE) $(1) VENV=.venv-torch-$* TORCH=torch==$* EMULATION=0
