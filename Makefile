@@ -36,7 +36,6 @@ SOURCES := $(shell find csrc cmake build_backend python -type f ! -name '*.pyc' 
 COVERAGE_TESTS := $(addprefix tests/ops/test_,fold.py multi_kernels.py decode.py) \
   $(addprefix tests/svd/test_,dense_cuda.py drivers.py) -k 'emulated or dense'
 
-
 # Nothing of a run depends on the user's language, and nothing is fetched from a model hub.
 export LC_ALL := C.UTF-8
 export PYTHONDONTWRITEBYTECODE := 1

@@ -7,7 +7,7 @@
 
 #include "build_config.h"
 #ifdef OSORA_CUDA
-#include "cuda/math_libraries.h"
+#include "cuda/svd/math_libraries.h"
 #endif
 
 namespace py = pybind11;

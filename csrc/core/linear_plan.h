@@ -7,7 +7,7 @@ namespace osora::core {
 
 enum class LinearPlan {
   kSplit,   // D = fold, then products of the library: h = x V, y = bias + h D^T, y += x W^T
-  kDecode,  // the two kernels of cuda/decode.h: W, U and V are read once, and no D is formed
+  kDecode,  // the two kernels of cuda/linear/decode.h: W, U and V are read once, and no D is formed
 };
 
 // Rows of x up to which a product with W is a matter of reading W: 8 multiply-adds per number read are below what a

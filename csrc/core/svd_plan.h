@@ -9,7 +9,7 @@ namespace osora::core {
 
 // The numbers are part of the operator osora::truncated_svd: python/osora/svd/arguments.py names them.
 enum class SvdMethod : int64_t {
-  kLanczos = 0,  // core/svd.h
+  kLanczos = 0,  // core/lanczos.h
   kGram = 1,     // eigenvectors of A^T A
   kFull = 2,     // every singular triplet, LAPACK's gesdd or cuSOLVER's gesvdp
   kLowrank = 3,  // subspace iteration as in torch.svd_lowrank: for comparison

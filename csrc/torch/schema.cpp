@@ -10,8 +10,6 @@ TORCH_LIBRARY(osora, m) {
 
   // D[d, r] = U * (o (S0 + s) + s): the adapter as one matrix, W = W0 + D V^T.
   m.def("fold(Tensor U, Tensor S0, Tensor s, Tensor o) -> Tensor");
-  // The same of many layers at once: one dtype and device, any shapes. No derivative.
-  m.def("fold_many(Tensor[] U, Tensor[] S0, Tensor[] s, Tensor[] o) -> Tensor[]");
   // P[d, r] = dL/dD  ->  dL/ds [r], dL/do [d]; what is not needed comes back empty, [0].
   m.def(
       "fold_backward(Tensor U, Tensor P, Tensor S0, Tensor s, Tensor o, bool need_s, bool need_o) -> (Tensor, Tensor)");
@@ -66,9 +64,9 @@ TORCH_LIBRARY(osora, m) {
   // dy[n, d], x[n, k] (for dv), h[n, r] (for du and ds)  ->  dx[n, k], du[d, r], ds[r], dv[k, r]; what is not needed
   // comes back empty, [0].
   m.def(
-      "sorsa_linear_backward(Tensor dy, Tensor? x, Tensor? h, Tensor? weight, Tensor U0, Tensor S0, Tensor V0, Tensor "
-      "u,"
-      " Tensor s, Tensor v, bool need_x, bool need_u, bool need_s, bool need_v) -> (Tensor, Tensor, Tensor, Tensor)");
+      "sorsa_linear_backward(Tensor dy, Tensor? x, Tensor? h, Tensor? weight, Tensor U0, Tensor S0, Tensor V0,"
+      " Tensor u, Tensor s, Tensor v, bool need_x, bool need_u, bool need_s, bool need_v)"
+      " -> (Tensor, Tensor, Tensor, Tensor)");
 
   // OSoRA with a materialised weight: W_eff[d, k] = W + D V^T, summed in float32 (float64), rounded once to x's dtype.
   // It is kept and made again when one of its six sources has changed, so that these are functions of their arguments.

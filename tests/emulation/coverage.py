@@ -50,7 +50,7 @@ def count_lines(build: Path, gcov: str) -> Counts:
             described = json.loads(report)
             for file in described["files"]:
                 path = Path(described["current_working_directory"], file["file"]).resolve()
-                if path.parent != SOURCES:
+                if not path.is_relative_to(SOURCES):
                     continue
                 for line in file["lines"]:
                     counts[path][line["line_number"]] += line["count"]
@@ -75,9 +75,9 @@ def report(counts: Counts) -> float:
         lines = len(counts[path])
         ran, known = ran + lines - len(missed), known + lines
         share = 100 * (lines - len(missed)) / lines
-        print(f"{path.relative_to(ROOT)!s:32} {lines - len(missed):5d} of {lines:5d}  {share:6.1f} %  {spans(missed)}")
+        print(f"{path.relative_to(ROOT)!s:36} {lines - len(missed):5d} of {lines:5d}  {share:6.1f} %  {spans(missed)}")
     total = 100 * ran / known if known else 0.0
-    print(f"{'all':32} {ran:5d} of {known:5d}  {total:6.1f} %")
+    print(f"{'all':36} {ran:5d} of {known:5d}  {total:6.1f} %")
     return total
 
 

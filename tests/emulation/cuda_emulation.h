@@ -18,7 +18,6 @@
 #define __host__
 #define __forceinline__ inline __attribute__((always_inline))
 #define __launch_bounds__(...)
-#define __grid_constant__
 
 #define threadIdx (osora::emulation::thread_index())
 #define blockIdx (osora::emulation::block_index())
@@ -77,7 +76,7 @@ T __shfl_up_sync(unsigned mask, T value, unsigned delta, int width = 32,
   return osora::emulation::shuffle(mask, value, osora::emulation::lane_id() - static_cast<int>(delta), width, site);
 }
 
-// The twin of csrc/cuda/launch.h.
+// The twin of csrc/cuda/common/launch.h.
 namespace osora::cuda {
 
 template <class... Parameters, class... Arguments>

@@ -9,12 +9,12 @@
 #include <memory>
 #include <random>
 
-#include "cuda/fold.h"
-#include "cuda/half.cuh"
+#include "core/accumulate.h"
+#include "cuda/common/half.cuh"
 
 namespace osora::driver {
 
-using cuda::accumulate_t;
+using core::accumulate_t;
 
 template <class T>
 struct Number;

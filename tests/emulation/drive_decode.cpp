@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Runs the kernels of csrc/cuda/decode.cu on the CPU against float64, over sizes, types and alignments, for one adapter
-// and for several. The last line is a hash of all output bits: equal in every schedule (OSORA_EMULATION_ORDER).
+// Runs the kernels of csrc/cuda/linear/decode.cu on the CPU against float64, over sizes, types and alignments, for one
+// adapter and for several. The last line is a hash of all output bits: equal in every schedule (OSORA_EMULATION_ORDER).
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
@@ -8,7 +8,7 @@
 #include <random>
 #include <vector>
 
-#include "cuda/decode.h"
+#include "cuda/linear/decode.h"
 #include "drive.h"
 
 namespace {

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// Runs the kernels of csrc/cuda/multi.cu on the CPU against float64, over sizes, types and alignments, with rows of the
-// base, adapters of smaller rank, and indices that no adapter has. The last line is a hash of all output bits: equal in
-// every schedule (OSORA_EMULATION_ORDER).
+// Runs the kernels of csrc/cuda/linear/multi.cu on the CPU against float64, over sizes, types and alignments, with rows
+// of the base, adapters of smaller rank, and indices that no adapter has. The last line is a hash of all output bits:
+// equal in every schedule (OSORA_EMULATION_ORDER).
 #include <cmath>
 #include <cstdint>
 #include <cstdio>
@@ -10,7 +10,7 @@
 #include <utility>
 #include <vector>
 
-#include "cuda/multi.h"
+#include "cuda/linear/multi.h"
 #include "drive.h"
 
 namespace {

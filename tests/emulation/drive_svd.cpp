@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// Runs the kernels of csrc/cuda/svd_kernels.cu and svd_ritz.cu on the CPU against float64, over sizes and types. Every
-// array is a heap block of its exact size, so that ASan sees any access beside it; outputs and scratch start as NaN.
-// The last line is a hash of all output bits: equal in every schedule (OSORA_EMULATION_ORDER).
+// Runs the kernels of csrc/cuda/svd/svd_kernels.cu and svd_ritz.cu on the CPU against float64, over sizes and types.
+// Every array is a heap block of its exact size, so that ASan sees any access beside it; outputs and scratch start as
+// NaN. The last line is a hash of all output bits: equal in every schedule (OSORA_EMULATION_ORDER).
 #include <algorithm>
 #include <cmath>
 #include <cstdio>
@@ -12,8 +12,8 @@
 #include <vector>
 
 #include "core/philox.h"
-#include "cuda/half.cuh"
-#include "cuda/svd_kernels.h"
+#include "cuda/common/half.cuh"
+#include "cuda/svd/svd_kernels.h"
 
 namespace {
 
@@ -35,22 +35,22 @@ bool near(double got, double wish, double error) { return std::fabs(got - wish) 
 class Array {
  public:
   Array(Type type, int64_t rows, int64_t cols, int64_t batch = 1, int64_t gap = 0)
-      : panel_{nullptr, type, rows, cols, batch, rows * cols + gap},
-        count_(batch ? (batch - 1) * panel_.stride + rows * cols : 0),
+      : matrices_{nullptr, type, rows, cols, batch, rows * cols + gap},
+        count_(batch ? (batch - 1) * matrices_.stride + rows * cols : 0),
         memory_(new unsigned char[count_ * size_of(type)]) {
-    panel_.data = memory_.get();
+    matrices_.data = memory_.get();
     std::memset(memory_.get(), 0xFF, count_ * size_of(type));
   }
-  const Panel& panel() const { return panel_; }
+  const Matrices& matrices() const { return matrices_; }
   template <class T>
   T* as() const {
-    return static_cast<T*>(panel_.data);
+    return static_cast<T*>(matrices_.data);
   }
   int* ints() const { return as<int>(); }
   double* doubles() const { return as<double>(); }
   double get(int64_t b, int64_t i, int64_t j) const {
-    const void* at = panel_.at(b, j);
-    switch (panel_.type) {
+    const void* at = matrices_.at(b, j);
+    switch (matrices_.type) {
       case Type::kFloat64:
         return static_cast<const double*>(at)[i];
       case Type::kFloat32:
@@ -66,8 +66,8 @@ class Array {
     }
   }
   void set(int64_t b, int64_t i, int64_t j, double x) const {
-    void* const at = panel_.at(b, j);
-    switch (panel_.type) {
+    void* const at = matrices_.at(b, j);
+    switch (matrices_.type) {
       case Type::kFloat64:
         static_cast<double*>(at)[i] = x;
         return;
@@ -103,23 +103,24 @@ class Array {
   }
   double norm(int64_t b, int64_t j) const {
     double sum = 0;
-    for (int64_t i = 0; i < panel_.rows; ++i) sum += get(b, i, j) * get(b, i, j);
+    for (int64_t i = 0; i < matrices_.rows; ++i) sum += get(b, i, j) * get(b, i, j);
     return std::sqrt(sum);
   }
   // Into the hash of everything.
   const Array& count() const {
-    for (int64_t k = 0; k < count_ * size_of(panel_.type); ++k) all_bits = (all_bits ^ memory_[k]) * 1099511628211ull;
+    for (int64_t k = 0; k < count_ * size_of(matrices_.type); ++k)
+      all_bits = (all_bits ^ memory_[k]) * 1099511628211ull;
     return *this;
   }
 
  private:
   template <class Call>
   void each(Call call) const {
-    for (int64_t b = 0; b < panel_.batch; ++b)
-      for (int64_t j = 0; j < panel_.cols; ++j)
-        for (int64_t i = 0; i < panel_.rows; ++i) call(b, i, j);
+    for (int64_t b = 0; b < matrices_.batch; ++b)
+      for (int64_t j = 0; j < matrices_.cols; ++j)
+        for (int64_t i = 0; i < matrices_.rows; ++i) call(b, i, j);
   }
-  Panel panel_;
+  Matrices matrices_;
   int64_t count_;
   std::unique_ptr<unsigned char[]> memory_;
 };
@@ -137,13 +138,13 @@ void weights(Type type, Type to, int64_t d, int64_t k, double size) {
     w[b].normal(size);
   }
   w[1].fill([](int64_t, int64_t, int64_t) { return 0; });
-  for (int64_t b = 0; b < batch; ++b) addresses[b] = w[b].panel().data;
+  for (int64_t b = 0; b < batch; ++b) addresses[b] = w[b].matrices().data;
   const Array partial = vector_of(Type::kFloat64, weight_partials(d), batch),
               norms = vector_of(Type::kFloat64, 1, batch);
   const Array exponents = vector_of(Type::kInt32, 1, batch), out(to, ld, d, batch);
   const Sources sources{addresses, type, d, k, batch};
   weight_exponents(sources, partial.doubles(), exponents.ints(), nullptr);
-  scale_weights(sources, exponents.ints(), partial.doubles(), out.panel(), norms.doubles(), nullptr);
+  scale_weights(sources, exponents.ints(), partial.doubles(), out.matrices(), norms.doubles(), nullptr);
   for (int64_t b = 0; b < batch; ++b) {
     double largest = 0, squares = 0;
     for (int64_t i = 0; i < d; ++i)
@@ -172,7 +173,7 @@ void moves(int64_t rows, int64_t cols) {
       if (!numbers && to != from) continue;
       const Array source(from, rows, cols, batch, 3), out(to, rows, cols, batch, 5);
       source.normal(numbers ? 1 : 1e6);
-      copy(source.panel(), out.panel(), nullptr);
+      copy(source.matrices(), out.matrices(), nullptr);
       expect(out.all([&](int64_t b, int64_t i, int64_t j) {
         const double x = source.get(b, i, j);
         return out.get(b, i, j) == (to == Type::kFloat32 ? static_cast<double>(static_cast<float>(x)) : x);
@@ -182,14 +183,14 @@ void moves(int64_t rows, int64_t cols) {
   }
   const Array half(Type::kBFloat16, rows, cols, batch, 3), wide(Type::kFloat64, rows, cols, batch);
   half.normal();
-  copy(half.panel(), wide.panel(), nullptr);
+  copy(half.matrices(), wide.matrices(), nullptr);
   expect(wide.count().all([&](int64_t b, int64_t i, int64_t j) { return wide.get(b, i, j) == half.get(b, i, j); }),
          "copy of bfloat16");
   for (const Type type : kWork) {
     const Array from(type, rows, cols, batch, 1), out(type, rows, 3, batch), which = vector_of(Type::kInt32, 3, batch);
     from.normal();
     which.fill([&](int64_t b, int64_t, int64_t j) { return static_cast<double>((7 * j + b) % cols); });
-    gather_columns(from.panel(), which.ints(), out.panel(), nullptr);
+    gather_columns(from.matrices(), which.ints(), out.matrices(), nullptr);
     expect(out.count().all([&](int64_t b, int64_t i, int64_t j) {
       return out.get(b, i, j) == from.get(b, i, which.ints()[b * 3 + j]);
     }),
@@ -200,7 +201,7 @@ void moves(int64_t rows, int64_t cols) {
   const int64_t ld = rows + 5;
   for (const int terms : {1, 2, 3}) {
     const Array split(Type::kBFloat16, ld, terms * cols, batch), wider(Type::kFloat32, ld, terms * cols, batch);
-    split_terms(x.panel(), terms, split.panel(), nullptr);
+    split_terms(x.matrices(), terms, split.matrices(), nullptr);
     bool padded = true, right = true;
     for (int64_t b = 0; b < batch; ++b) {
       for (int64_t j = 0; j < cols; ++j) {
@@ -216,7 +217,7 @@ void moves(int64_t rows, int64_t cols) {
     if (terms == 1) continue;
     wider.fill([&](int64_t b, int64_t i, int64_t j) { return split.get(b, i, j); });
     const Array sum(Type::kFloat32, ld, cols, batch, 1);
-    sum_terms(wider.panel(), terms, sum.panel(), nullptr);
+    sum_terms(wider.matrices(), terms, sum.matrices(), nullptr);
     expect(sum.all([&](int64_t b, int64_t i, int64_t j) {
       return i >= rows ||
              near(sum.get(b, i, j), x.get(b, i, j), std::ldexp(std::fabs(x.get(b, i, j)), terms == 3 ? -24 : -16));
@@ -232,11 +233,11 @@ void words(int64_t count) {
   const Array out = vector_of(Type::kInt64, count);
   store_words(host.data(), count, out.as<uint64_t>(), nullptr);
   expect(std::equal(host.begin(), host.end(), out.as<uint64_t>()), "words");
-  const Panel panel{out.panel().data, Type::kFloat32, 1, 1, count, 3};
+  const Matrices matrices{out.matrices().data, Type::kFloat32, 1, 1, count, 3};
   const Array addresses = vector_of(Type::kInt64, count);
-  matrix_addresses(panel, addresses.as<void*>(), nullptr);
+  matrix_addresses(matrices, addresses.as<void*>(), nullptr);
   bool right = true;
-  for (int64_t b = 0; b < count; ++b) right = right && addresses.as<void*>()[b] == panel.at(b);
+  for (int64_t b = 0; b < count; ++b) right = right && addresses.as<void*>()[b] == matrices.at(b);
   expect(right, "addresses");
 }
 
@@ -247,7 +248,7 @@ void columns(Type type, int64_t rows, int64_t cols) {
   keys.as<uint64_t>()[0] = osora::core::mixed_key(5, 7);
   keys.as<uint64_t>()[1] = osora::core::mixed_key(5, 8);
   const Random random{keys.as<uint64_t>(), 3};
-  fill_normal(out.panel(), random, nullptr);
+  fill_normal(out.matrices(), random, nullptr);
   std::vector<double> wish(rows * cols);
   for (int64_t b = 0; b < batch; ++b) {
     osora::core::fill_gaussian(wish.data(), rows * cols, 5, static_cast<uint64_t>(7 + b), 3);
@@ -261,7 +262,7 @@ void columns(Type type, int64_t rows, int64_t cols) {
     expect(same, "the numbers of core/philox.h");
   }
   const Array norms = vector_of(Type::kFloat64, cols, batch), lengths = vector_of(Type::kFloat64, cols, batch);
-  column_norms(out.panel(), norms.doubles(), nullptr);
+  column_norms(out.matrices(), norms.doubles(), nullptr);
   expect(norms.all([&](int64_t b, int64_t, int64_t j) { return near(norms.get(b, 0, j), out.norm(b, j), 1e-12); }),
          "column norms");
 
@@ -284,7 +285,7 @@ void columns(Type type, int64_t rows, int64_t cols) {
     }
     const Array before(type, rows, cols, batch);
     before.fill([&](int64_t b, int64_t i, int64_t j) { return z.get(b, i, j); });
-    unit_columns(z.panel(), {level, scale.doubles(), by_norms ? seen.doubles() : nullptr}, random, lengths.doubles(),
+    unit_columns(z.matrices(), {level, scale.doubles(), by_norms ? seen.doubles() : nullptr}, random, lengths.doubles(),
                  nullptr);
     bool unit_length = true, direction = true, told = true;
     for (int64_t b = 0; b < batch; ++b) {
@@ -306,7 +307,7 @@ void columns(Type type, int64_t rows, int64_t cols) {
   }
   const Array z(type, rows, cols, batch);
   z.fill([](int64_t, int64_t, int64_t) { return 1e-30; });
-  unit_columns(z.panel(), {}, random, nullptr, nullptr);
+  unit_columns(z.matrices(), {}, random, nullptr, nullptr);
   expect(near(z.get(0, 0, 0), 1 / std::sqrt(static_cast<double>(rows)), unit), "unit columns, no noise");
 }
 
@@ -316,7 +317,7 @@ void factors(int64_t n) {
       before(Type::kFloat64, n, n, batch);
   gram.normal();
   before.fill([&](int64_t b, int64_t i, int64_t j) { return gram.get(b, i, j); });
-  shift_gram(gram.panel(), 0.5, identity.panel(), nullptr);
+  shift_gram(gram.matrices(), 0.5, identity.matrices(), nullptr);
   expect(gram.all([&](int64_t b, int64_t i, int64_t j) {
     return gram.get(b, i, j) == before.get(b, i, j) + (i == j ? 0.5 : 0) && identity.get(b, i, j) == (i == j);
   }),
@@ -326,7 +327,7 @@ void factors(int64_t n) {
   for (const Type type : kWork) {
     failed.fill([](int64_t, int64_t, int64_t) { return 0; });
     const Array out(type, n, n, batch);
-    usable_inverse(gram.panel(), before.panel(), info.ints(), 0.4, failed.ints(), out.panel(), nullptr);
+    usable_inverse(gram.matrices(), before.matrices(), info.ints(), 0.4, failed.ints(), out.matrices(), nullptr);
     expect(out.count().all([&](int64_t b, int64_t i, int64_t j) {
       const bool good = b != 1 && gram.get(b, i, i) > 0.4;
       const double x = before.get(b, i, j);
@@ -343,7 +344,7 @@ void factors(int64_t n) {
   const Array q(Type::kFloat64, n, n, batch), sigma = vector_of(Type::kFloat64, 1, batch);
   w.fill([&](int64_t b, int64_t, int64_t j) { return b == 2 && j == n - 1 ? NAN : static_cast<double>(j) - 1.5; });
   failed.fill([](int64_t, int64_t, int64_t) { return 0; });
-  descending_eigenpairs(w.doubles(), gram.panel(), info.ints(), lambda.panel(), q.panel(), sigma.doubles(),
+  descending_eigenpairs(w.doubles(), gram.matrices(), info.ints(), lambda.matrices(), q.matrices(), sigma.doubles(),
                         failed.ints(), nullptr);
   expect(failed.ints()[0] == 0 && failed.ints()[1] == 1 && failed.ints()[2] == 1, "failed eigenpairs");
   expect(q.all([&](int64_t b, int64_t i, int64_t j) {
@@ -356,7 +357,7 @@ void factors(int64_t n) {
 
   const Array defects = vector_of(Type::kFloat64, 1, batch);
   gram.set(1, n / 2, n - 1, NAN);
-  gram_defects(gram.panel(), defects.doubles(), nullptr);
+  gram_defects(gram.matrices(), defects.doubles(), nullptr);
   double largest = 0;
   for (int64_t j = 0; j < n; ++j)
     for (int64_t i = 0; i < n; ++i) largest = std::max(largest, std::fabs(gram.get(0, i, j) - (i == j)));
@@ -370,7 +371,7 @@ void ritz(int64_t n, int64_t block, int64_t rank) {
   q.normal();
   for (int64_t i = 0; i < n && count > 2; ++i) q.set(1, i, 2, q.get(1, i, 0));  // a tie
   q.set(0, n - 1, 1, NAN);                                                      // comes first
-  tails(q.panel(), block, count, tail.doubles(), nullptr);
+  tails(q.matrices(), block, count, tail.doubles(), nullptr);
   bool right = true;
   for (int64_t b = 0; b < batch; ++b) {
     for (int64_t j = 0; j < count; ++j) {
@@ -391,7 +392,7 @@ void ritz(int64_t n, int64_t block, int64_t rank) {
   }
   const Array lambda = vector_of(Type::kFloat64, n, batch), values = vector_of(Type::kFloat64, block, batch);
   lambda.fill([&](int64_t, int64_t, int64_t j) { return 1.0 / static_cast<double>(1 + j * j); });
-  ritz_values(lambda.panel(), which.ints(), values.panel(), nullptr);
+  ritz_values(lambda.matrices(), which.ints(), values.matrices(), nullptr);
   expect(values.all([&](int64_t b, int64_t, int64_t j) {
     return values.get(b, 0, j) == std::sqrt(lambda.get(b, 0, which.ints()[b * block + j]));
   }),
@@ -400,7 +401,7 @@ void ritz(int64_t n, int64_t block, int64_t rank) {
     const Array v(type, rows, n, batch), r(type, rows, block, batch), before(type, rows, block, batch);
     v.normal(), r.normal();
     before.fill([&](int64_t b, int64_t i, int64_t j) { return r.get(b, i, j); });
-    subtract_ritz(v.panel(), lambda.panel(), which.ints(), r.panel(), nullptr);
+    subtract_ritz(v.matrices(), lambda.matrices(), which.ints(), r.matrices(), nullptr);
     expect(r.count().all([&](int64_t b, int64_t i, int64_t j) {
       const int64_t from = which.ints()[b * block + j];
       return near(r.get(b, i, j), before.get(b, i, j) - v.get(b, i, from) * lambda.get(b, 0, from), 1e-6);
@@ -414,7 +415,7 @@ void ritz(int64_t n, int64_t block, int64_t rank) {
   failed.fill([](int64_t b, int64_t, int64_t) { return static_cast<double>(b); });
   const double level = 0.02, noise = 2 * level, floor = 0.2;  // of sigma_1 = 1
   relative_sizes({sizes.doubles(), which.ints(), block, rank, level, floor, frobenius.doubles(), failed.ints()},
-                 lambda.panel(), worst.doubles(), nullptr);
+                 lambda.matrices(), worst.doubles(), nullptr);
   double wish = 0;
   for (int64_t j = 0; j < block; ++j) {
     const int from = which.ints()[j];
@@ -444,8 +445,8 @@ void answer(Type work, Type to, int64_t d, int64_t k, int64_t r) {
   exponents.ints()[0] = 5, exponents.ints()[1] = -140;  // subnormal in float32
   const Array out_u(to, d, r, batch), out_v(to, k, r, batch), out_s(to, 1, r, batch);
   const Array stored = vector_of(Type::kFloat64, r, batch);
-  finish_triplets({u.panel(), v.panel(), s.doubles(), order.ints(), exponents.ints()}, out_u.panel(), out_v.panel(),
-                  out_s.panel(), stored.doubles(), nullptr);
+  finish_triplets({u.matrices(), v.matrices(), s.doubles(), order.ints(), exponents.ints()}, out_u.matrices(),
+                  out_v.matrices(), out_s.matrices(), stored.doubles(), nullptr);
   bool right = true;
   for (int64_t b = 0; b < batch; ++b) {
     for (int64_t j = 0; j < r; ++j) {
@@ -470,7 +471,7 @@ void answer(Type work, Type to, int64_t d, int64_t k, int64_t r) {
 
   const Array product(Type::kFloat64, k, r, batch), residuals = vector_of(Type::kFloat64, r, batch);
   product.normal();
-  residual_norms(product.panel(), out_v.panel(), stored.doubles(), residuals.doubles(), nullptr);
+  residual_norms(product.matrices(), out_v.matrices(), stored.doubles(), residuals.doubles(), nullptr);
   expect(residuals.all([&](int64_t b, int64_t, int64_t j) {
     double sum = 0;
     for (int64_t i = 0; i < k; ++i) {

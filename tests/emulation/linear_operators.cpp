@@ -4,8 +4,8 @@
 #include <torch/library.h>
 
 #include "core/linear_plan.h"
-#include "torch/decode_launch.h"
-#include "torch/multi_launch.h"
+#include "torch/linear/decode_launch.h"
+#include "torch/linear/multi_launch.h"
 
 namespace osora {
 namespace {

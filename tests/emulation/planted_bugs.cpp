@@ -2,8 +2,8 @@
 // Kernels with one bug each, to show that the emulator and the sanitizers catch what they are for.
 //   planted_bugs --list     the names
 //   planted_bugs NAME       exit 0: nobody noticed; 3: wrong numbers came out; 4: launch() refused; else: a report
-// The last names, drop-barrier-N, run the real code of csrc/cuda/reduce.cuh, fold.cu and decode.cu without its Nth
-// __syncthreads.
+// The last names, drop-barrier-N, run the real code of csrc/cuda (common/reduce.cuh, fold/fold.cu, linear/decode.cu)
+// without its Nth __syncthreads.
 #include <cmath>
 #include <cstdio>
 #include <exception>
@@ -12,8 +12,8 @@
 #include <utility>
 #include <vector>
 
-#include "cuda/half.cuh"
-#include "cuda/launch.h"
+#include "cuda/common/half.cuh"
+#include "cuda/common/launch.h"
 
 namespace {
 int dropped_barrier = -1;
@@ -24,10 +24,10 @@ void numbered_barrier(int number, osora::emulation::Site site = osora::emulation
 }  // namespace
 #define __syncthreads() numbered_barrier(__COUNTER__)
 // The real sources, with barriers that can be left out. The kernels of svd_kernels.cu have those of reduce.cuh alone.
-#include "cuda/reduce.cuh"
+#include "cuda/common/reduce.cuh"
 // clang-format off: reduce.cuh has the first numbers
-#include "cuda/fold.cu"  // NOLINT
-#include "cuda/decode.cu"  // NOLINT
+#include "cuda/fold/fold.cu"  // NOLINT
+#include "cuda/linear/decode.cu"  // NOLINT
 // clang-format on
 #undef __syncthreads
 constexpr int kBarriers = __COUNTER__ - kFirstBarrier;

@@ -5,7 +5,7 @@
 
 #include "standins/memory.h"
 #include "standins/standins.h"
-#include "torch/svd_drivers_launch.h"
+#include "torch/svd/svd_drivers_launch.h"
 
 namespace osora {
 namespace {

@@ -7,10 +7,10 @@
 #include <list>
 
 #include "core/svd_plan.h"
-#include "cuda/math_libraries.h"
+#include "cuda/svd/math_libraries.h"
 #include "memory.h"
 #include "standins.h"
-#include "torch/svd_launch.h"
+#include "torch/svd/svd_launch.h"
 
 namespace osora {
 namespace {

@@ -33,7 +33,7 @@ def profiled_flops(function) -> int:
         function()
     counted, total = {"aten::mm", "aten::addmm", "aten::addmm_"}, 0
     # 2 a b c of [a, c] times [c, b], from the shapes: the profiler itself does not know addmm_. h and P are written by
-    # mm with an out, which comes last among the shapes (csrc/torch/products.cpp).
+    # mm with an out, which comes last among the shapes (csrc/torch/linear/products.cpp).
     for event in profile.events():
         if event.name not in counted or any(inside(event, other) for other in profile.events()):
             continue

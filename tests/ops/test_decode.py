@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The linear operator for a few rows, as in decoding: which way is taken, and the two kernels (csrc/cuda/decode.cu).
+"""The linear operator for a few rows, as in decoding: which way is taken, and the two kernels (cuda/linear/decode.cu).
 
 The emulator runs the kernels through their glue as `decode`; on a card, and on the CPU for comparison, the same tests
 call osora::linear.

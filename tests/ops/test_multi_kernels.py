@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The kernels of many adapters in one batch (csrc/cuda/multi.cu), through their glue, against float64 row by row.
+"""The kernels of many adapters in one batch (cuda/linear/multi.cu), through their glue, against float64 row by row.
 
 On a card they run inside osora::linear_multi alone, whose tests are elsewhere; here the emulator runs them.
 """

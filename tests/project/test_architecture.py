@@ -208,7 +208,7 @@ LONG = {"reference.py"}  # the specification, in one piece
 
 
 def test_no_file_is_long():
-    for path in [*MODULES.values(), *sources("*.h", "*.cpp", "*.cu", "*.cuh"), *ROOT.glob("bench/*.py")]:
+    for path in [*MODULES.values(), *sources(*NATIVE), *ROOT.glob("bench/*.py")]:
         lines = len(path.read_text(encoding="utf-8").splitlines())
         assert lines <= 400 or path.name in LONG, f"{path.relative_to(ROOT)} has {lines} lines"
     for path in ROOT.glob("tests/**/*.py"):
@@ -241,9 +241,59 @@ def is_cuda(header: str) -> bool:
     return header.startswith(("cuda", "cublas", "cusolver", "cub/", "thrust/", "cooperative_groups", "library_types"))
 
 
+# What a tree of csrc may include of the others, and a room of csrc/torch and csrc/cuda of the other rooms in both.
+TREES = {"core": set(), "cpu": {"core"}, "cuda": {"core"}, "torch": {"core", "cpu", "cuda"}}
+ROOMS = {"common": set(), "fold": {"common"}, "linear": {"common", "fold"}, "svd": {"common"}}
+NATIVE = ("*.h", "*.cpp", "*.cu", "*.cuh")
+
+
+def place(name: str) -> tuple[str, str]:
+    """Tree and room of a path below csrc, empty where it stands in none."""
+    tree, room, *_ = (*Path(name).parent.parts, "", "")
+    return tree, room
+
+
+def our_headers(path: Path) -> list[str]:
+    """What a file includes of csrc, by the path below it."""
+    return [header for header in includes(path) if (CSRC / header).is_file()]
+
+
+def test_every_source_has_a_room():
+    for path in sources(*NATIVE):
+        name = str(path.relative_to(CSRC))
+        tree, room = place(name)
+        rooms = ROOMS if tree in ("cuda", "torch") else {""}
+        assert room in rooms or name == "torch/schema.cpp", f"{name} stands in none of {list(rooms)}"
+
+
+def test_trees_and_rooms_see_what_they_may():
+    for path in sources(*NATIVE):
+        name = str(path.relative_to(CSRC))
+        if name == "module.cpp":
+            continue
+        tree, room = place(name)
+        for header in our_headers(path):
+            other_tree, other_room = place(header)
+            assert other_tree in TREES[tree] | {tree}, f"{name} includes {header}"
+            assert not other_room or other_room in ROOMS[room] | {room}, f"{name} includes {header}"
+
+
+def test_headers_of_ours_are_named_by_their_whole_path():
+    for path in sources(*NATIVE):
+        quoted = re.findall(r'^\s*#\s*include\s*"([^"]+)"', path.read_text(encoding="utf-8"), flags=re.MULTILINE)
+        strange = set(quoted) - set(our_headers(path)) - {"build_config.h"}
+        assert not strange, f"{path.relative_to(ROOT)} includes {strange}"
+
+
+def test_headers_do_not_include_each_other():
+    headers = {str(path.relative_to(CSRC)): path for path in sources("*.h", "*.cuh")}
+    found = circles({name: set(our_headers(path)) for name, path in headers.items()})
+    assert not found, f"these include each other: {sorted(found)}"
+
+
 def test_torch_headers_are_in_one_folder():
     for path in sources("*"):
-        if path.is_file() and path.parent != CSRC / "torch":
+        if path.is_file() and not path.is_relative_to(CSRC / "torch"):
             found = [header for header in includes(path) if is_torch(header)]
             assert not found, f"{path.relative_to(ROOT)} includes {found}"
 
@@ -266,6 +316,11 @@ def test_plain_folders_include_no_cuda(folder):
 def test_one_kernel_launch():
     launches = {path.name: without_comments(path.read_text(encoding="utf-8")).count("<<<") for path in sources("*.*")}
     assert {name: count for name, count in launches.items() if count} == {"launch.h": 1}
+
+
+def test_one_switch_over_dtypes():
+    found = {path.name for path in sources(*NATIVE) if "AT_DISPATCH" in path.read_text(encoding="utf-8")}
+    assert found == {"numbers.h"}
 
 
 def test_no_atomics():

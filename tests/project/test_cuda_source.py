@@ -24,7 +24,7 @@ sys.path.insert(0, str(ROOT / "build_backend"))
 from cuda_choice import nvcc_candidates
 
 SITE = Path(torch.__file__).parents[1]
-SOURCES = sorted((ROOT / "csrc/cuda").glob("*.cu"))
+SOURCES = sorted((ROOT / "csrc/cuda").rglob("*.cu"))
 CARDS = ("80", "90", "100", "120")
 # 256 threads of 64 registers: four blocks, half of the threads an SM can hold, are resident. What a memory-bound
 # kernel needs to keep the memory busy.
@@ -72,7 +72,7 @@ def kernels_of(path: Path) -> list[Kernel]:
 def object_of_the_build(source: Path) -> Path | None:
     """The project's own, if it was compiled for the same cards, with warnings as errors, and after the last change."""
     build = emulation_folder().parents[1]
-    cache, made = build / "CMakeCache.txt", build / f"CMakeFiles/_C.dir/csrc/cuda/{source.name}.o"
+    cache, made = build / "CMakeCache.txt", build / f"CMakeFiles/_C.dir/{source.relative_to(ROOT)}.o"
     if not (cache.exists() and made.exists()):
         return None
     settings = dict(re.findall(r"^(\w+):\w+=(.*)$", cache.read_text(encoding="utf-8"), flags=re.MULTILINE))
@@ -84,7 +84,7 @@ def object_of_the_build(source: Path) -> Path | None:
 
 
 def test_an_object_of_another_build_does_not_count(tmp_path, monkeypatch):
-    source, made = SOURCES[0], tmp_path / f"CMakeFiles/_C.dir/csrc/cuda/{SOURCES[0].name}.o"
+    source, made = SOURCES[0], tmp_path / f"CMakeFiles/_C.dir/{SOURCES[0].relative_to(ROOT)}.o"
     monkeypatch.setenv("OSORA_EMULATION_DIR", str(tmp_path / "tests/emulation"))
     right = "OSORA_CUDA_ARCHS:STRING=8.0;9.0;10.0;12.0+PTX\nOSORA_WERROR:BOOL=ON\nCMAKE_BUILD_TYPE:STRING=Release\n"
     assert object_of_the_build(source) is None
@@ -210,14 +210,3 @@ def test_decoding_reads_its_matrices_16_bytes_at_once(compiled, card):
         if rows := re.search(r"expand_kernelILi\dELi(\d)ELi(\d)E", name):
             wanted = int(rows[1]) + int(rows[2])
         assert count(kernel, r"LDG\.E\.128") >= wanted, name
-
-
-@pytest.mark.parametrize("card", CARDS)
-def test_the_fold_of_many_layers_moves_16_bytes_where_it_can(compiled, card):
-    """Both paths are in one kernel: a layer's alignment is known at run time."""
-    if compiled.source != "fold_many":
-        pytest.skip("not that fold")
-    found = instructions(compiled.object, card)
-    assert len(found) == 4, "four types"
-    for name, kernel in found.items():
-        assert count(kernel, r"LDG\.E\.128") > 0 and count(kernel, r"STG\.E\.128") > 0, name

@@ -99,7 +99,7 @@ def run(programs, fixed_addresses):
 
 @pytest.fixture(scope="module", params=["emulation", "emulation_decode", "emulation_multi", "emulation_svd"])
 def driver(request: pytest.FixtureRequest, programs) -> tuple[str, str]:
-    """The programs for fold*.cu, decode.cu, multi.cu, svd_*.cu, and what the plain one prints."""
+    """The programs for fold.cu, decode.cu, multi.cu, svd_*.cu, and what the plain one prints."""
     plain = subprocess.run([programs / f"{request.param}_plain"], capture_output=True, text=True)
     return request.param, plain.stdout
 
@@ -140,7 +140,7 @@ def test_every_planted_bug_is_expected(run):
     """And every barrier of the kernels has its turn at being left out."""
     listed = run("planted_bugs_plain", "--list").stdout.split()
     assert sorted(listed) == sorted(BUGS)
-    sources = [*(ROOT / "csrc/cuda").glob("*.cu"), *(ROOT / "csrc/cuda").glob("*.cuh")]
+    sources = [path for path in (ROOT / "csrc/cuda").rglob("*") if path.suffix in (".cu", ".cuh")]
     code = "".join(re.sub(r"//[^\n]*", "", path.read_text(encoding="utf-8")) for path in sources)
     assert code.count("__syncthreads()") == sum(name.startswith("drop-barrier") for name in listed)
 

@@ -4,7 +4,7 @@
 #include <atomic>
 
 #include "errors.h"
-#include "torch/rounding.h"
+#include "torch/svd/rounding.h"
 
 namespace osora {
 namespace {

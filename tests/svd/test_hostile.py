@@ -320,7 +320,7 @@ def hidden_direction(d: int, k: int, rank: int, seed: int) -> Tensor:
 @pytest.mark.parametrize("d, k", [(220, 220), (400, 200), (200, 400)], ids=["square", "tall", "wide"])
 def test_the_probe_finds_what_the_start_block_cannot_see(d, k, dtype):
     # The start block is [k, 16] on the CPU, wide or tall, filled row by row.
-    # With kProbes = 0 in csrc/core/svd.h this fails for all six, after 10 passes in place of 34: "converged", every
+    # With kProbes = 0 in csrc/core/lanczos.h this fails for all six, after 10 passes in place of 34: "converged", every
     # residual below tol, and S[0] = 1.1 where 1.5 is right: twelve true triplets, and a larger one missed. At this
     # tolerance rounding has no second cycle to find it in.
     weight = hidden_direction(d, k, 12, seed=3).to(dtype)

@@ -11,8 +11,8 @@ from osora.svd.truncated import decompose
 DOUBLE = torch.float64
 FLOATS = [torch.float32, DOUBLE, torch.bfloat16, torch.float16]
 
-# csrc/torch/panels.cpp: 8 to 32 rows at a time for at most 48 columns, 64 to 512 rows for more. The columns are those
-# of a Lanczos block, 16 and more, those of the rank, and 8 of the probe.
+# csrc/torch/svd/panels.cpp: 8 to 32 rows at a time for at most 48 columns, 64 to 512 rows for more. The columns are
+# those of a Lanczos block, 16 and more, those of the rank, and 8 of the probe.
 
 
 def decaying(d, k, seed=0, exponent=-0.7):

@@ -1,0 +1,25 @@
+// SPDX-License-Identifier: Apache-2.0
+// The fold D = U * (o (S0 + s) + s) and its gradient, as functions other glue may call. See schema.cpp.
+#pragma once
+#include <ATen/core/Tensor.h>
+
+#include <tuple>
+
+namespace osora {
+
+// Checked entry points: any strides, 16-bit deltas allowed, CPU or CUDA.
+at::Tensor fold(const at::Tensor& U, const at::Tensor& S0, const at::Tensor& s, const at::Tensor& o);
+std::tuple<at::Tensor, at::Tensor> fold_backward(const at::Tensor& U, const at::Tensor& P, const at::Tensor& S0,
+                                                 const at::Tensor& s, const at::Tensor& o, bool need_s, bool need_o);
+
+// One device each: inputs checked, contiguous, and S0, s, o, P already in the accumulation dtype.
+at::Tensor fold_cpu(const at::Tensor& U, const at::Tensor& S0, const at::Tensor& s, const at::Tensor& o);
+std::tuple<at::Tensor, at::Tensor> fold_backward_cpu(const at::Tensor& U, const at::Tensor& P, const at::Tensor& S0,
+                                                     const at::Tensor& s, const at::Tensor& o, bool need_s,
+                                                     bool need_o);
+at::Tensor fold_cuda(const at::Tensor& U, const at::Tensor& S0, const at::Tensor& s, const at::Tensor& o);
+std::tuple<at::Tensor, at::Tensor> fold_backward_cuda(const at::Tensor& U, const at::Tensor& P, const at::Tensor& S0,
+                                                      const at::Tensor& s, const at::Tensor& o, bool need_s,
+                                                      bool need_o);
+
+}  // namespace osora
