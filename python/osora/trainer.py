@@ -36,7 +36,6 @@ class AdapterTraining:
     args: Any
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        """As the trainer's own."""
         given = kwargs.get("model", args[0] if args else None)
         with _as_trainable(given):
             super().__init__(*args, **kwargs)

@@ -106,7 +106,6 @@ std::tuple<at::Tensor, at::Tensor> fold_backward_cpu(const at::Tensor& U, const 
 }
 
 at::Tensor fold(const at::Tensor& U, const at::Tensor& S0, const at::Tensor& s, const at::Tensor& o) {
-  check_fold(U, S0, s, o);
   const OperatorGuard guard(U.device());
   const auto exact = accumulate_type(U.scalar_type());
   const auto u = U.contiguous(), s0 = ready(S0, exact), ds = ready(s, exact), d_o = ready(o, exact);
@@ -118,7 +117,6 @@ at::Tensor fold(const at::Tensor& U, const at::Tensor& S0, const at::Tensor& s, 
 
 std::tuple<at::Tensor, at::Tensor> fold_backward(const at::Tensor& U, const at::Tensor& P, const at::Tensor& S0,
                                                  const at::Tensor& s, const at::Tensor& o, bool need_s, bool need_o) {
-  check_fold_backward(U, P, S0, s, o);
   const OperatorGuard guard(U.device());
   const auto exact = accumulate_type(U.scalar_type());
   const auto u = U.contiguous(), p = P.contiguous(), s0 = ready(S0, exact), ds = ready(s, exact), d_o = ready(o, exact);
@@ -128,15 +126,31 @@ std::tuple<at::Tensor, at::Tensor> fold_backward(const at::Tensor& U, const at::
   return fold_backward_cpu(u, p, s0, ds, d_o, need_s, need_o);
 }
 
+namespace {
+
+at::Tensor fold_operator(const at::Tensor& U, const at::Tensor& S0, const at::Tensor& s, const at::Tensor& o) {
+  check_fold(U, S0, s, o);
+  return fold(U, S0, s, o);
+}
+
+std::tuple<at::Tensor, at::Tensor> fold_backward_operator(const at::Tensor& U, const at::Tensor& P,
+                                                          const at::Tensor& S0, const at::Tensor& s,
+                                                          const at::Tensor& o, bool need_s, bool need_o) {
+  check_fold_backward(U, P, S0, s, o);
+  return fold_backward(U, P, S0, s, o, need_s, need_o);
+}
+
+}  // namespace
+
 TORCH_LIBRARY_IMPL(osora, CPU, m) {
-  m.impl("fold", &fold);
-  m.impl("fold_backward", &fold_backward);
+  m.impl("fold", &fold_operator);
+  m.impl("fold_backward", &fold_backward_operator);
 }
 
 #ifdef OSORA_CUDA
 TORCH_LIBRARY_IMPL(osora, CUDA, m) {
-  m.impl("fold", &fold);
-  m.impl("fold_backward", &fold_backward);
+  m.impl("fold", &fold_operator);
+  m.impl("fold_backward", &fold_backward_operator);
 }
 #endif
 

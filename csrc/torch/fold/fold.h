@@ -7,12 +7,12 @@
 
 namespace osora {
 
-// Checked entry points: any strides, 16-bit deltas allowed, CPU or CUDA.
+// Inputs checked by whoever calls: any strides, 16-bit deltas allowed, CPU or CUDA.
 at::Tensor fold(const at::Tensor& U, const at::Tensor& S0, const at::Tensor& s, const at::Tensor& o);
 std::tuple<at::Tensor, at::Tensor> fold_backward(const at::Tensor& U, const at::Tensor& P, const at::Tensor& S0,
                                                  const at::Tensor& s, const at::Tensor& o, bool need_s, bool need_o);
 
-// One device each: inputs checked, contiguous, and S0, s, o, P already in the accumulation dtype.
+// One device each: inputs contiguous, and S0, s, o, P already in the accumulation dtype.
 at::Tensor fold_cpu(const at::Tensor& U, const at::Tensor& S0, const at::Tensor& s, const at::Tensor& o);
 std::tuple<at::Tensor, at::Tensor> fold_backward_cpu(const at::Tensor& U, const at::Tensor& P, const at::Tensor& S0,
                                                      const at::Tensor& s, const at::Tensor& o, bool need_s,

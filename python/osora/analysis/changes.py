@@ -154,11 +154,9 @@ class Changes(Sequence[WeightChange]):
     step: int | None = None
 
     def __getitem__(self, index: Any) -> Any:
-        """The modules' changes, by position."""
         return self.modules[index]
 
     def __len__(self) -> int:
-        """How many modules."""
         return len(self.modules)
 
     @property

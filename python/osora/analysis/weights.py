@@ -51,7 +51,6 @@ class Weights(Mapping[str, Tensor]):
         return iter(self._get)
 
     def __len__(self) -> int:
-        """How many there are."""
         return len(self._get)
 
 

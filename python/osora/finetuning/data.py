@@ -42,7 +42,6 @@ class Example:
     answer: list[int]
 
     def __len__(self) -> int:
-        """How many tokens."""
         return len(self.prompt) + len(self.answer)
 
 

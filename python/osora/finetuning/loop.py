@@ -53,11 +53,9 @@ class Items(torch.utils.data.Dataset):
         self.examples = examples
 
     def __len__(self) -> int:
-        """How many examples."""
         return len(self.examples)
 
     def __getitem__(self, index: int) -> dict[str, list[int]]:
-        """Of one example."""
         example = self.examples[index]
         return {
             "input_ids": example.prompt + example.answer,

@@ -16,7 +16,6 @@ from torch import Tensor
 from osora import ops
 from osora.config import AdapterConfig, OsoraConfig, SorsaConfig
 from osora.ops import ablations as ops_ablations
-from osora.ops import sorsa as ops_sorsa
 
 Basis = tuple[Tensor, Tensor, Tensor]
 Deltas = Sequence[Tensor]
@@ -163,7 +162,7 @@ class SorsaFormula(Formula):
         """SORSA's operator."""
         (U0, V0, S0), (u, s, v) = basis, deltas
         S0, s = self._scaled(S0, s)
-        return ops_sorsa.sorsa_linear(x, weight, bias, U0, S0, V0, u, s, v)
+        return ops.sorsa_linear(x, weight, bias, U0, S0, V0, u, s, v)
 
     def penalised(self, basis: Basis, deltas: Deltas) -> list[tuple[Tensor, Tensor]]:
         """U and V."""

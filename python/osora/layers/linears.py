@@ -24,7 +24,6 @@ class OsoraLinear(AdaptedLinear):
         adapter: str = DEFAULT,
         formula: OsoraFormula = OsoraFormula(),  # noqa: B008  (frozen)
     ) -> None:
-        """Zero changes in a basis of ``factors``."""
         super().__init__(base_layer, factors, formula, dropout, adapter)
 
 
@@ -46,7 +45,6 @@ class SorsaLinear(AdaptedLinear):
         adapter: str = DEFAULT,
         formula: SorsaFormula = SorsaFormula(),  # noqa: B008  (frozen)
     ) -> None:
-        """Zero changes in a basis of ``factors``."""
         super().__init__(base_layer, factors, formula, dropout, adapter)
 
 

@@ -26,7 +26,6 @@ class Materialised:
     """
 
     def __init__(self, weight: nn.Parameter, o: nn.Parameter, s: nn.Parameter) -> None:
-        """Watch these three."""
         for name, tensor in {"the base weight": weight, "o": o, "s": s}.items():
             if type(tensor) is not nn.Parameter:
                 raise TypeError(

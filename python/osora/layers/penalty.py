@@ -101,7 +101,6 @@ class Penalty:
     """
 
     def __init__(self, layers: Sequence[PenalisedLayer], adapter: str, gamma: float, regularizer: str) -> None:
-        """Count from now on."""
         if regularizer not in REGULARIZERS:
             raise ValueError(f"regularizer must be one of {', '.join(REGULARIZERS)}, got {regularizer!r}")
         self.__setstate__(

@@ -163,7 +163,6 @@ class AdapterConfig(PeftConfig):
         return new
 
     def __getstate__(self) -> dict[str, Any]:
-        """Without the model."""
         return {key: value for key, value in self.__dict__.items() if key != "_home"}
 
 

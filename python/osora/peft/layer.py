@@ -26,7 +26,6 @@ class Change(nn.Module):
     """One trained tensor. A module of its own, with a ``weight``, because TRL and FSDP look for adapters as such."""
 
     def __init__(self, value: Tensor) -> None:
-        """Train ``value``."""
         super().__init__()
         self.weight = nn.Parameter(value)
 
