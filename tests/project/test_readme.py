@@ -101,6 +101,11 @@ def test_the_python_of_a_document_runs(document, tmp_path, monkeypatch):
             exec(compile("\n" * (line - 1) + code, str(document), "exec"), names)  # errors name its own line
 
 
+def test_the_front_page_is_short():
+    shown = re.sub(r"^<!-- python.*?^-->$", "", text_of(README), flags=re.MULTILINE | re.DOTALL)
+    assert len([word for word in shown.split() if re.search(r"\w", word)]) <= 900
+
+
 def test_every_block_says_its_language():
     """So that no block escapes the tests: python and sh are run or checked, text is text."""
     for document in (*RUN, ROOT / "CONTRIBUTING.md"):
