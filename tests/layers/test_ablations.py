@@ -6,7 +6,7 @@ import copy
 import pytest
 import torch
 from helpers import TOLERANCE, linear_case, logits, move_adapter, saved_tensors, tiny_gpt2, tiny_llama, token_ids
-from precision import DTYPES, accumulate, assert_within
+from precision import accumulate, assert_within, every_dtype
 from saved_adapters import both
 from torch import Tensor, nn
 
@@ -17,7 +17,6 @@ from osora.layers.base_weight import oriented_weight
 from osora.layers.formulas import OsoraFormula
 from osora.ops import ablations
 
-every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=[str(dtype).removeprefix("torch.") for dtype in DTYPES])
 every_model = pytest.mark.parametrize("make", [tiny_llama, tiny_gpt2], ids=["llama", "gpt2"])
 every_side = pytest.mark.parametrize("side", ["output", "input"])
 ABLATIONS = [

@@ -8,13 +8,11 @@ import pytest
 import torch
 from helpers import linear_case, move_adapter, tiny_gpt2, token_ids
 from layer_makers import make_layer, moved
-from precision import DTYPES
+from precision import every_dtype
 from torch import Tensor, nn
 
 from osora.layers import OsoraLinear
 from osora.svd.certificate import Decomposition
-
-every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=[str(dtype).removeprefix("torch.") for dtype in DTYPES])
 
 
 @every_dtype

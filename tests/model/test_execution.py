@@ -8,6 +8,7 @@ import pickle
 
 import pytest
 import torch
+from composed import from_dynamo
 from helpers import logits, move_adapter, saved_tensors, tiny_gpt2, tiny_llama, token_ids
 from layer_makers import make_layer, moved
 from torch import Tensor, nn
@@ -17,8 +18,6 @@ from osora import adapted_layers
 from osora.layers import OsoraLinear
 from osora.layers.base_weight import oriented_weight
 from osora.ops import materialised as ops_materialised
-
-from_dynamo = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 
 
 def materialised(layer: OsoraLinear) -> OsoraLinear:

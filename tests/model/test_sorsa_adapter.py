@@ -6,7 +6,7 @@ import copy
 import pytest
 import torch
 from helpers import logits, move_adapter, tiny_gpt2, tiny_llama, token_ids
-from precision import DTYPES
+from precision import every_dtype
 from saved_adapters import both
 from torch import Tensor, nn
 
@@ -17,7 +17,6 @@ from osora.layers.base_weight import oriented_weight
 from osora.model.state import osora_layers
 from osora.svd.truncated import decompose
 
-every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=[str(dtype).removeprefix("torch.") for dtype in DTYPES])
 every_model = pytest.mark.parametrize("make", [tiny_llama, tiny_gpt2], ids=["llama", "gpt2"])
 # Row by row against the adapter alone: float32 models of two layers, whose rounding is of another order.
 CLOSE = {"rtol": 1e-4, "atol": 1e-4}

@@ -9,10 +9,11 @@ from functools import partial
 import pytest
 import torch
 from backends import unavailable
-from composed import adapted, dense, every_dtype, from_dynamo, fused, gradients, halves, loss
+from composed import adapted, dense, from_dynamo, fused, gradients, halves, loss
 from functorch.compile import make_boxed_func, min_cut_rematerialization_partition, nop
 from helpers import expected_linear, linear_case, tiny_gpt2, tiny_llama, token_ids
 from layer_makers import make_layer, moved
+from precision import every_dtype
 from root import ROOT
 from torch import Tensor
 from torch._dynamo.backends.common import aot_autograd

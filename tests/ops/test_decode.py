@@ -11,11 +11,10 @@ import pytest
 import torch
 from backends import Backend, make_backend
 from helpers import Linear, linear_case
-from precision import DTYPES, accumulate, assert_within, half_of_least, unit
+from precision import DTYPES, accumulate, assert_within, every_dtype, half_of_least, unit
 from torch import Tensor
 
 names = [str(dtype).removeprefix("torch.") for dtype in DTYPES]
-every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=names)
 # [n, k, d, r]: one number, primes, packs in W and not in V and the reverse, long rows, a rank of 1024.
 SIZES = [
     (1, 1, 1, 1),

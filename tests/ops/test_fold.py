@@ -5,13 +5,12 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from precision import DTYPES, accumulate, assert_within, half_of_least, unit
+from precision import DTYPES, accumulate, assert_within, every_dtype, half_of_least, unit
 from torch import Tensor
 
 # [d, r]: one number, primes, whole 16-byte packs and not, several blocks of rows, several tiles of columns.
 SIZES = [(1, 1), (7, 5), (64, 8), (65, 64), (257, 7), (300, 16), (101, 100), (131, 257), (33, 1024), (3, 2056)]
 names = [str(dtype).removeprefix("torch.") for dtype in DTYPES]
-every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=names)
 every_size = pytest.mark.parametrize("d, r", SIZES)
 
 

@@ -5,13 +5,12 @@ import pytest
 import torch
 from backends import Backend, make_backend
 from helpers import TOLERANCE, Expected, Linear, expected_linear, linear_case
-from precision import DTYPES, accumulate, assert_within, half_of_least
+from precision import DTYPES, accumulate, assert_within, every_dtype, half_of_least
 from torch import Tensor
 from torch.nn.functional import linear as torch_linear
 
 from osora import ops
 
-every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=[str(dtype).removeprefix("torch.") for dtype in DTYPES])
 exact_dtypes = pytest.mark.parametrize("dtype", DTYPES[:3], ids=["float64", "float32", "bfloat16"])
 ROWS = [(), (1,), (7,), (0,), (2, 3), (3, 0), (2, 1, 3), (2, 2, 1, 3)]
 every_rows = pytest.mark.parametrize("rows", ROWS, ids=str)

@@ -4,18 +4,17 @@
 import pytest
 import torch
 from backends import Backend, make_backend
+from composed import from_dynamo
 from helpers import TOLERANCE, Linear, expected_linear, linear_case, saved_tensors
-from precision import DTYPES, accumulate, assert_within, half_of_least
+from precision import accumulate, assert_within, every_dtype, half_of_least
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.checkpoint import checkpoint
 
 from osora import ops, reference
 
-every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=[str(dtype).removeprefix("torch.") for dtype in DTYPES])
 ROWS = [(), (1,), (7,), (0,), (2, 3), (3, 0), (2, 2, 1, 3)]
 every_rows = pytest.mark.parametrize("rows", ROWS, ids=str)
-from_dynamo = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 
 
 @pytest.fixture(params=["reference", "cpu", "cuda"])

@@ -5,8 +5,9 @@ import warnings
 
 import pytest
 import torch
+from composed import from_dynamo
 from helpers import TOLERANCE, Linear, expected_linear, linear_case, move_adapter, saved_tensors, tiny_llama, token_ids
-from precision import DTYPES, assert_within
+from precision import assert_within, every_dtype
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.checkpoint import checkpoint
@@ -15,7 +16,6 @@ import osora
 from osora import ops, reference
 from osora.ops import common
 
-every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=[str(dtype).removeprefix("torch.") for dtype in DTYPES])
 TRAINED = ("x", "bias", "s", "o")
 GRADIENTS = {"x": "dx", "bias": "dbias", "s": "ds", "o": "do"}
 
@@ -185,7 +185,6 @@ def test_opcheck(name):
 
 
 # Dynamo and inductor use what torch itself deprecates: an instance of an autograd.Function, torch.jit.script_method.
-from_dynamo = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 
 
 def compiled_case(n: int) -> Linear:

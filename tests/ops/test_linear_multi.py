@@ -7,14 +7,13 @@ import pytest
 import torch
 from backends import Backend, make_backend
 from helpers import TOLERANCE, Linear, expected_linear, linear_case
-from precision import DTYPES, accumulate, assert_within, half_of_least, unit
+from precision import DTYPES, accumulate, assert_within, every_dtype, half_of_least, unit
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.nn.functional import linear as torch_linear
 
 from osora import ops, reference
 
-every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=[str(dtype).removeprefix("torch.") for dtype in DTYPES])
 # In 16 bits one rounding more than osora::linear: h, t, T, the base's y and the sum, where that has h, D and the sum
 # of both (4 units for these four). In float32 and float64 the sums dominate, and they are as long as there.
 MULTI_TOLERANCE = TOLERANCE | {dtype: 6 * unit(dtype) for dtype in (torch.bfloat16, torch.float16)}

@@ -7,8 +7,9 @@ import weakref
 import pytest
 import torch
 from backends import Backend, make_backend
+from composed import from_dynamo
 from helpers import TOLERANCE, Linear, expected_linear, linear_case, saved_tensors
-from precision import DTYPES, accumulate, assert_within, half_of_least, unit
+from precision import accumulate, assert_within, every_dtype, half_of_least, unit
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.nn.functional import linear as torch_linear
@@ -17,11 +18,8 @@ from torch.utils.checkpoint import checkpoint
 from osora import ops, reference
 from osora.ops import materialised
 
-every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=[str(dtype).removeprefix("torch.") for dtype in DTYPES])
 ROWS = [(), (1,), (7,), (0,), (2, 3), (3, 0), (2, 2, 1, 3)]
-TRAINED = ("x", "bias", "s", "o")
 GRADIENTS = {"x": "dx", "bias": "dbias", "s": "ds", "o": "do"}
-from_dynamo = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 
 
 @pytest.fixture(params=["reference", "cpu", "cuda"])
@@ -35,8 +33,7 @@ def sources(case: Linear) -> tuple[Tensor, ...]:
 
 def effective(case: Linear, dtype: torch.dtype | None = None) -> Tensor:
     """The W_eff that a call makes: the rows of x are unit vectors."""
-    k = case.weight.shape[1]
-    x = torch.eye(k, dtype=dtype or case.weight.dtype)
+    x = torch.eye(case.weight.shape[1], dtype=dtype or case.weight.dtype)
     return materialised.linear_materialised(x, case.weight, None, *sources(case)[1:]).detach().t()
 
 
@@ -292,7 +289,7 @@ def test_inference_mode_and_out_of_it():
 
 def test_gradcheck():
     for rows in [(3,), (), (2, 2)]:
-        case = linear_case(rows, 5, 4, 3, torch.float64).trainable(*TRAINED)
+        case = linear_case(rows, 5, 4, 3, torch.float64).trainable(*GRADIENTS)
         for function in (
             materialised.linear_materialised,
             lambda *arguments: torch.ops.osora.linear_effective(*arguments, True)[0],
@@ -309,7 +306,7 @@ def test_gradcheck():
 @every_dtype
 @pytest.mark.parametrize("rows", [(), (5,), (0,), (2, 3)], ids=str)
 def test_every_gradient(rows, dtype):
-    case = linear_case(rows, dtype=dtype).trainable(*TRAINED)
+    case = linear_case(rows, dtype=dtype).trainable(*GRADIENTS)
     dy = torch.randn(*rows, 20, dtype=torch.float64).to(dtype)
     materialised.linear_materialised(*case.arguments).backward(dy)
     wish = expected_linear(case, dy)
@@ -409,7 +406,7 @@ def test_activation_checkpointing(reentrant, autocast):
 
 def test_autocast_rounds_the_weight_once():
     """From float32 straight to the autocast dtype; s, o and their gradients stay float32, h is 16-bit."""
-    case = linear_case((15,)).trainable(*TRAINED)
+    case = linear_case((15,)).trainable(*GRADIENTS)
     with torch.autocast("cpu", torch.bfloat16), saved_tensors(*case.arguments) as saved:
         y = materialised.linear_materialised(*case.arguments)
     assert y.dtype == torch.bfloat16 and sum(t.untyped_storage().nbytes() for t in saved) == 15 * 6 * 2
@@ -435,7 +432,7 @@ def test_compile_sees_every_change(compiler):
         return torch.nn.functional.silu(materialised.linear_materialised(x, *rest)) * 2
 
     compiled = torch.compile(block, backend=frames, fullgraph=True)
-    case = linear_case((1,), 16, 12, 4).trainable(*TRAINED)
+    case = linear_case((1,), 16, 12, 4).trainable(*GRADIENTS)
     for n in (6, 9, 17):
         x = torch.randn(n, 16)
         here, plain = case.replace(x=x.requires_grad_()), case.replace(x=x.detach().requires_grad_())
@@ -445,7 +442,7 @@ def test_compile_sees_every_change(compiler):
         torch.testing.assert_close(got, wish)
         got.sum().backward()
         wish.sum().backward()
-        for name in TRAINED:
+        for name in GRADIENTS:
             torch.testing.assert_close(getattr(here, name).grad, getattr(plain, name).grad)
             getattr(here, name).grad = None
         with torch.no_grad():
@@ -460,7 +457,7 @@ def test_compile_sees_every_change(compiler):
 def test_opcheck():
     case = linear_case((2, 3), 8, 7, 3)
     for arguments in [
-        (*case.trainable(*TRAINED).arguments, True),
+        (*case.trainable(*GRADIENTS).arguments, True),
         (*case.replace(bias=None).arguments, False),
     ]:
         torch.library.opcheck(torch.ops.osora.linear_effective.default, arguments)

@@ -9,11 +9,10 @@ from typing import NamedTuple
 import pytest
 import torch
 from backends import Backend, make_backend
-from precision import DTYPES, accumulate, assert_within, half_of_least, unit
+from precision import DTYPES, accumulate, assert_within, every_dtype, half_of_least, unit
 from torch import Tensor
 
 names = [str(dtype).removeprefix("torch.") for dtype in DTYPES]
-every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=names)
 # [n, columns, adapters]: one number, primes, whole packs and not, several blocks, several tiles of columns.
 every_size = pytest.mark.parametrize(
     "n, columns, adapters", [(1, 1, 1), (7, 5, 3), (64, 8, 64), (65, 64, 2), (13, 257, 3), (9, 1000, 4), (3, 2056, 2)]

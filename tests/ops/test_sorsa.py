@@ -6,8 +6,9 @@ from dataclasses import dataclass, fields, replace
 import pytest
 import torch
 from backends import Backend, make_backend
+from composed import from_dynamo
 from helpers import TOLERANCE, linear_case, saved_tensors
-from precision import DTYPES, accumulate, assert_within, half_of_least
+from precision import DTYPES, accumulate, assert_within, every_dtype, half_of_least
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.nn.functional import linear as torch_linear
@@ -17,14 +18,12 @@ import osora
 from osora import reference
 from osora.ops import sorsa
 
-every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=[str(dtype).removeprefix("torch.") for dtype in DTYPES])
 exact_dtypes = pytest.mark.parametrize("dtype", DTYPES[:3], ids=["float64", "float32", "bfloat16"])
 ROWS = [(), (1,), (7,), (0,), (2, 3), (3, 0), (2, 2, 1, 3)]
 every_rows = pytest.mark.parametrize("rows", ROWS, ids=str)
 SIZES = [(1, 1, 1), (5, 7, 5), (7, 5, 5), (33, 300, 17), (130, 65, 64)]  # k, d, r
 TRAINED = ("x", "bias", "u", "s", "v")
 GRADIENTS = {"x": "dx", "bias": "dbias", "u": "du", "s": "ds", "v": "dv"}
-from_dynamo = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 
 
 def triplets(U0, S0, V0, u, s, v):

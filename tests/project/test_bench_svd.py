@@ -72,7 +72,7 @@ def test_svd_draws_labels_that_cover_nothing(bench, tmp_path):
     canvas = FigureCanvasAgg(figure)
     axes = figure.subplots()
     axes.set(xscale="log", yscale="log", xlim=(1e-3, 1), ylim=(1e-8, 1))
-    bench("svd").place_labels(figure, axes, [(0.02, 1e-4, f"number {i} of six", "red") for i in range(6)])
+    bench("svd_report").place_labels(figure, axes, [(0.02, 1e-4, f"number {i} of six", "red") for i in range(6)])
     boxes = [Text.get_window_extent(label, canvas.get_renderer()) for label in axes.texts]
     assert len(boxes) == 6
     assert not any(a.overlaps(b) for i, a in enumerate(boxes) for b in boxes[:i])
@@ -100,8 +100,8 @@ def test_svd_measures_memory_in_processes_of_their_own(bench, tmp_path):
 )
 def test_svd_refuses_a_wrong_answer(bench, tmp_path, capsys, monkeypatch, spoil, complaint):
     svd = bench("svd")
-    right = svd.decompose
-    monkeypatch.setattr(svd, "decompose", lambda *a, **k: [spoil(item) for item in right(*a, **k)])
+    right = bench("svd_peers").decompose
+    monkeypatch.setattr(bench("svd_peers"), "decompose", lambda *a, **k: [spoil(item) for item in right(*a, **k)])
     monkeypatch.setattr(svd, "time_rows", lambda *a, **k: pytest.fail("it was timed"))
     assert svd.main(svd_quick(tmp_path, *ONE)) == 1
     shown = capsys.readouterr()
@@ -111,16 +111,16 @@ def test_svd_refuses_a_wrong_answer(bench, tmp_path, capsys, monkeypatch, spoil,
 
 def test_svd_refuses_a_truth_that_lapack_does_not_confirm(bench, tmp_path, capsys, monkeypatch):
     svd = bench("svd")
-    right = svd.full
-    monkeypatch.setattr(svd, "full", lambda *a: [(U, S * 1.001, V) for U, S, V in right(*a)])
+    right = bench("svd_peers").full
+    monkeypatch.setattr(bench("svd_peers"), "full", lambda *a: [(U, S * 1.001, V) for U, S, V in right(*a)])
     assert svd.main(svd_quick(tmp_path, *ONE)) == 1
     assert "torch.linalg.svd is off by 1.0e-03" in capsys.readouterr().err
 
 
 def test_svd_names_what_is_absent(bench, tmp_path, capsys, monkeypatch):
     svd = bench("svd")
-    there = svd.installed
-    monkeypatch.setattr(svd, "installed", lambda module: module != "sklearn" and there(module))
+    there = bench("svd_peers").installed
+    monkeypatch.setattr(bench("svd_peers"), "installed", lambda module: module != "sklearn" and there(module))
     peers = ("--peers", "sklearn", "lowrank-1.5r-4", "gesvdp", "--ranks", "60")
     assert svd.main(svd_quick(tmp_path, *ONE, *peers)) == 0
     (case,) = only_result(tmp_path)["results"]
@@ -156,7 +156,7 @@ def test_svd_runs_slow_peers_once(bench):
     assert count == {"osora-auto-1e-3": 4, "lowrank-16": 4, "svd": 1, "lowrank-4": 4}
     assert [len(row.seconds.seconds) for row in rows] == [4, 4, 1, 4, 0]
     alone = rows[2].seconds.seconds[0] / rows[1].seconds.seconds[0]
-    assert svd.ratio(rows[2], rows[1]) == (alone,) * 3
+    assert bench("svd_report").ratio(rows[2], rows[1]) == (alone,) * 3
 
 
 @pytest.mark.parametrize(

@@ -6,14 +6,13 @@ from collections.abc import Callable
 import pytest
 import torch
 from helpers import Linear, move_adapter, tiny_llama
-from precision import DTYPES
 from torch import Tensor, nn
 
 import osora
 from osora import ops
 
-every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=[str(dtype).removeprefix("torch.") for dtype in DTYPES])
 halves = pytest.mark.parametrize("half", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])
+from_dynamo = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 
 
 def adapted(make: Callable[..., nn.Module] = tiny_llama, **options: object) -> nn.Module:
@@ -40,6 +39,3 @@ def fused(case: Linear) -> Callable[..., Tensor]:
 
 def loss(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
     return lambda *arguments: function(*arguments).square().sum()
-
-
-from_dynamo = pytest.mark.filterwarnings("ignore::DeprecationWarning")

@@ -1,10 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """How exact a number type is: the base of every tolerance."""
 
+import pytest
 import torch
 from torch import Tensor
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=[str(dtype).removeprefix("torch.") for dtype in DTYPES])
 
 
 def unit(dtype: torch.dtype) -> float:
