@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Fixtures for every test."""
 
+import gc
 import importlib
 import os
 import random
@@ -23,6 +24,12 @@ TEMPLATE = (
 def pytest_report_header() -> list[str]:
     """What the outcome may depend on, for whoever reads a log."""
     return [f"processor: {processor()}", capability()]
+
+
+def pytest_collection_finish() -> None:
+    """What stays for the whole run, thousands of tests and all of torch, is not looked through at every collection."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(params=NAMES)
@@ -71,6 +78,10 @@ def bench() -> Iterator[Callable[[str], ModuleType]]:
     with pytest.MonkeyPatch.context() as change:
         change.setenv("HF_HUB_OFFLINE", "1")
         change.syspath_prepend(Path(__file__).parents[1] / "bench")
+        for name in ("init", "linear", "step", "svd"):
+            importlib.import_module(name)
+        gc.collect()  # they collect garbage before every repetition
+        gc.freeze()
         yield importlib.import_module
     torch.set_num_threads(threads)
 
