@@ -84,7 +84,7 @@ emulation: $(STAMPS)/strict
 coverage: prepare
 	echo "-- coverage of csrc/cuda"
 	cmake --build $(BUILD) --target osora_emulated_coverage > build/coverage.log || { cat build/coverage.log; false; }
-	$(PY) tests/emulation/coverage.py $(BUILD) -- -q --no-header $(COVERAGE_TESTS)
+	$(PY) tests/emulation/coverage.py $(BUILD) --jobs $(JOBS) -- -q --no-header $(COVERAGE_TESTS)
 
 # The SVD on machines that do not exist: each seed rounds otherwise (tests/rounding). SEEDS='1 2' for fewer.
 SEEDS ?= $(shell seq 1 20)
