@@ -21,6 +21,35 @@ TEMPLATE = (
 )
 
 
+# Files that take longest, the longest first.
+LONG = [
+    f"test_{name}.py"
+    for name in "cuda_source emulation dense_cuda bench trainer train_command truncated_svd composition".split()
+]
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What takes long comes first on every worker, so that all end at the same time.
+
+    `--dist worksteal` deals out equal shares in this order; a worker that is through takes from the end of another's.
+    """
+    workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+    files: dict[str, list[pytest.Item]] = {name: [] for name in LONG}
+    rest = [item for item in items if files.get(item.path.name) is None]
+    for item in items:
+        if item.path.name in files:
+            files[item.path.name].append(item)
+    count = len(items)
+    items.clear()
+    for worker in range(workers):
+        share = [item for name in LONG[worker::workers] for item in files[name]]
+        wanted = max(0, (count - len(items)) // (workers - worker) - len(share))
+        items += share + rest[:wanted]
+        del rest[:wanted]
+    items += rest
+
+
 def pytest_report_header() -> list[str]:
     """What the outcome may depend on, for whoever reads a log."""
     return [f"processor: {processor()}", capability()]
