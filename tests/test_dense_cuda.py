@@ -209,9 +209,9 @@ def test_a_matrix_gives_the_same_factors_in_any_batch(emulated):
 
 def test_a_slow_companion_changes_nothing(emulated):
     # Each of these ends after another number of restarts: a cycle must not be as long as the slowest one needs.
-    decays = [torch.arange(1, 151, dtype=FLOAT64) ** -e for e in (0.05, 0.5, 1.5)]
+    decays = [torch.arange(1, 151, dtype=FLOAT64) ** -e for e in (0.05, 0.3, 0.5, 1.5)]
     weights = [with_spectrum(160, 150, sigma).float() for sigma in decays]
-    batch = emulated.svd(weights, 16, tol=1e-4, keys=[1, 2, 3])
+    batch = emulated.svd(weights, 16, tol=1e-4, keys=[1, 2, 3, 4])
     for b, weight in enumerate(weights):
         alone = emulated.svd([weight], 16, tol=1e-4, keys=[b + 1])
         assert alone.passes[0] == batch.passes[b] and alone.columns[0] == batch.columns[b]
