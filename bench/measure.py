@@ -95,12 +95,14 @@ def _no_garbage_collection():
 @contextmanager
 def quick_collections():
     """What is there already is left out of collections, which otherwise take longer than many a peer."""
+    frozen = gc.get_freeze_count() > 0  # by whoever called: it stays so
     gc.collect()
     gc.freeze()
     try:
         yield
     finally:
-        gc.unfreeze()
+        if not frozen:
+            gc.unfreeze()
 
 
 def interleaved(

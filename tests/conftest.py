@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Fixtures for every test."""
 
+import gc
 import importlib
 import os
 import random
@@ -21,9 +22,44 @@ TEMPLATE = (
 )
 
 
+# Files that take longest, the longest first.
+LONG = [
+    f"test_{name}.py"
+    for name in "cuda_source emulation dense_cuda bench_svd bench_init trainer train_command bench plan compiled".split()
+]
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What takes long comes first on every worker, so that all end at the same time.
+
+    `--dist worksteal` deals out equal shares in this order; a worker that is through takes from the end of another's.
+    """
+    workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+    files: dict[str, list[pytest.Item]] = {name: [] for name in LONG}
+    rest = [item for item in items if files.get(item.path.name) is None]
+    for item in items:
+        if item.path.name in files:
+            files[item.path.name].append(item)
+    count = len(items)
+    items.clear()
+    for worker in range(workers):
+        share = [item for name in LONG[worker::workers] for item in files[name]]
+        wanted = max(0, (count - len(items)) // (workers - worker) - len(share))
+        items += share + rest[:wanted]
+        del rest[:wanted]
+    items += rest
+
+
 def pytest_report_header() -> list[str]:
     """What the outcome may depend on, for whoever reads a log."""
     return [f"processor: {processor()}", capability()]
+
+
+def pytest_collection_finish() -> None:
+    """What stays for the whole run, thousands of tests and all of torch, is not looked through at every collection."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(params=NAMES)
@@ -72,6 +108,10 @@ def bench() -> Iterator[Callable[[str], ModuleType]]:
     with pytest.MonkeyPatch.context() as change:
         change.setenv("HF_HUB_OFFLINE", "1")
         change.syspath_prepend(ROOT / "bench")
+        for name in ("init", "linear", "step", "svd"):
+            importlib.import_module(name)
+        gc.collect()  # they collect garbage before every repetition
+        gc.freeze()
         yield importlib.import_module
     torch.set_num_threads(threads)
 

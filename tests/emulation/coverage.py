@@ -2,8 +2,9 @@
 """Which lines of csrc/cuda the tests run: `python tests/emulation/coverage.py BUILD [-- pytest arguments]`.
 
 BUILD is a build folder with OSORA_CUDA=ON and OSORA_EMULATION=ON in which the target `osora_emulated_coverage` was
-built. With `--`, its counters are set back and pytest runs on that library first. Lines count that g++ compiled: what
-nvcc alone sees (`#ifndef OSORA_EMULATED`) is not among them. Exit status 1 below the limit.
+built. With `--`, its counters are set back and pytest runs on that library first, in processes that share the tests and
+add up their counters. Lines count that g++ compiled: what nvcc alone sees (`#ifndef OSORA_EMULATED`) is not among them.
+Exit status 1 below the limit.
 """
 
 import argparse
@@ -11,8 +12,11 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 from collections import defaultdict
 from pathlib import Path
+
+import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 SOURCES = ROOT / "csrc/cuda"
@@ -28,14 +32,35 @@ def notes(build: Path) -> list[Path]:
     return found
 
 
-def run_tests(build: Path, arguments: list[str]) -> None:
+class Share:
+    """Of the tests that pytest collects, every `jobs`-th is run."""
+
+    def __init__(self, first: int, jobs: int) -> None:
+        self.first, self.jobs = first, jobs
+
+    def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
+        items[:] = items[self.first :: self.jobs]
+
+
+def run_tests(build: Path, jobs: int, arguments: list[str]) -> None:
     library = build / "tests/emulation/coverage"
     for note in notes(build):
         note.with_suffix(".gcda").unlink(missing_ok=True)
-    environment = {**os.environ, "OSORA_EMULATION_DIR": str(library), "OSORA_REQUIRE_EMULATION": "1"}
-    command = [sys.executable, "-m", "pytest", *arguments]
-    if status := subprocess.run(command, cwd=ROOT, env=environment).returncode:
-        sys.exit(status)
+    threads = {"OMP_NUM_THREADS": "1"}  # a process for each core instead
+    environment = {**os.environ, **threads, "OSORA_EMULATION_DIR": str(library), "OSORA_REQUIRE_EMULATION": "1"}
+    with tempfile.TemporaryDirectory() as folder:
+        logs = [Path(folder, str(first)) for first in range(jobs)]
+        shares = []
+        for first, log in enumerate(logs):
+            share = ["--share", str(first), "--jobs", str(jobs)]
+            command = [sys.executable, __file__, str(build), *share, "--", *arguments]
+            with open(log, "w", encoding="utf-8") as output:
+                shares.append(subprocess.Popen(command, cwd=ROOT, env=environment, stdout=output, stderr=output))
+        statuses = [share.wait() for share in shares]
+        for log in logs:
+            print(log.read_text(encoding="utf-8"), end="", flush=True)
+    if any(statuses):
+        sys.exit(f"pytest ended with {' and '.join(map(str, statuses))}")
 
 
 def count_lines(build: Path, gcov: str) -> Counts:
@@ -90,10 +115,15 @@ def main() -> None:
     parser.add_argument("build", type=Path)
     parser.add_argument("--limit", type=float, default=98.0, help="percent of the lines of csrc/cuda")
     parser.add_argument("--gcov", default="gcov", help="of the compiler that built the library")
+    parser.add_argument("--jobs", type=int, default=2, help="processes that run the tests")
+    parser.add_argument("--share", type=int, help=argparse.SUPPRESS)  # run_tests: what this process does for it
     options = parser.parse_args(arguments)
     build = options.build.resolve()
+    if options.share is not None:
+        sys.path[0] = str(ROOT)  # as `python -m pytest` has it; this folder's coverage.py is not the package
+        sys.exit(pytest.main(tests, plugins=[Share(options.share, options.jobs)]))
     if separator:
-        run_tests(build, tests)
+        run_tests(build, options.jobs, tests)
     if report(count_lines(build, options.gcov)) < options.limit:
         sys.exit(f"less than {options.limit:g} % of the lines of csrc/cuda ran")
 

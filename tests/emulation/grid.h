@@ -5,11 +5,9 @@
 #include <sys/mman.h>
 #include <unistd.h>
 
-#include <algorithm>
 #include <cstdint>
 #include <iterator>
 #include <memory>
-#include <random>
 #include <stdexcept>
 #include <string>
 #include <utility>
@@ -37,17 +35,23 @@ class Order {
   }
 
   // 0 ... count - 1 as they shall run; a random order is another one at each call.
-  void arrange(std::vector<int64_t>& sequence) {
-    const int64_t count = static_cast<int64_t>(sequence.size());
+  OSORA_UNINSTRUMENTED void arrange(int64_t* sequence, int64_t count) {
     for (int64_t k = 0; k < count; ++k) sequence[k] = kind_ == kReverse ? count - 1 - k : k;
-    if (kind_ == kRandom) std::shuffle(sequence.begin(), sequence.end(), random_);
+    for (int64_t k = count - 1; kind_ == kRandom && k > 0; --k) {
+      state_ = state_ * 6364136223846793005u + 1442695040888963407u;  // Knuth's MMIX
+      const int64_t other = static_cast<int64_t>((state_ >> 32) * static_cast<uint64_t>(k + 1) >> 32);
+      const int64_t mine = sequence[k];
+      sequence[k] = sequence[other], sequence[other] = mine;
+    }
   }
+
+  OSORA_UNINSTRUMENTED bool random() const { return kind_ == kRandom; }
 
  private:
   enum Kind { kForward, kReverse, kRandom };
-  Order(Kind kind, uint64_t seed) : kind_(kind), random_(seed) {}
+  Order(Kind kind, uint64_t seed) : kind_(kind), state_(seed) {}
   Kind kind_;
-  std::mt19937_64 random_;
+  uint64_t state_;
 };
 
 // The fibers and stacks of one block's threads, used again for later blocks. A page below each stack faults on
@@ -145,9 +149,9 @@ OSORA_UNINSTRUMENTED inline void run_block(Block& block, Crew& crew, Order& orde
     const dim3 shape = block.shape;
     crew.start(t, {t % shape.x, t / shape.x % shape.y, t / (shape.x * shape.y)}, &thread_entry);
   }
-  while (block.running > 0) {
+  for (bool first = true; block.running > 0; first = false) {
     bool any = false;
-    order.arrange(sequence);
+    if (first || order.random()) order.arrange(sequence.data(), block.threads);
     for (const int64_t t : sequence) {
       if (!runnable(block, block.thread[t])) continue;
       any = true;
@@ -165,7 +169,7 @@ OSORA_UNINSTRUMENTED inline void run_grid(dim3 grid, dim3 shape, size_t shared_b
   const auto warps = std::make_unique<Warp[]>((count + kWarpSize - 1) / kWarpSize);
   std::vector<int64_t> thread_sequence(count), block_sequence(int64_t{grid.x} * grid.y * grid.z);
   auto order = Order::from_environment();
-  order.arrange(block_sequence);
+  order.arrange(block_sequence.data(), static_cast<int64_t>(block_sequence.size()));
   std::vector<SharedMemory> kept;  // until the end of the launch: on the same address TSan would see blocks race
   current_body = &body;
   adopt_running_stack(scheduler);
