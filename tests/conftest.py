@@ -23,10 +23,8 @@ TEMPLATE = (
 
 
 # Files that take longest, the longest first.
-LONG = [
-    f"test_{name}.py"
-    for name in "cuda_source emulation dense_cuda bench_svd bench_init trainer train_command bench plan compiled".split()
-]
+LONG = "cuda_source emulation dense_cuda bench_svd bench_init trainer train_command bench plan compiled".split()
+LONG = [f"test_{name}.py" for name in LONG]
 
 
 @pytest.hookimpl(trylast=True)
