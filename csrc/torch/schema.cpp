@@ -30,17 +30,16 @@ TORCH_LIBRARY(osora, m) {
       "linear_backward(Tensor dy, Tensor h, Tensor? weight, Tensor U, Tensor V, Tensor S0, Tensor s, Tensor o,"
       " bool need_x, bool need_s, bool need_o) -> (Tensor, Tensor, Tensor)");
 
+  // y[..., d] += (x V) D^T in place, for a base that owns its product (a quantised one)  ->  h[n, r] = x V.
+  m.def("linear_add_(Tensor(a!) y, Tensor x, Tensor U, Tensor V, Tensor S0, Tensor s, Tensor o) -> Tensor");
+
   m.set_python_module("osora.ops.multi");
   // Row i of x by adapter a = index[i] of A that share U, V and S0; -1 is the base, other numbers are refused on the
-  // CPU and give a row of NaN elsewhere. s [A, r], o [A, d]; of adapter a only the first ranks[a] columns count. y_i =
-  // x_i W^T + bias + o_a (h_i (S0 + s_a)) U^T + (h_i s_a) U^T with h = x V. No derivative.
+  // CPU and give a row of NaN elsewhere. s [A, r], o [A, d]; of adapter a only the first ranks[a] columns count.
+  // y_i = x_i W^T + bias + o_a (h_i (S0 + s_a)) U^T + (h_i s_a) U^T with h = x V. No derivative.
   m.def(
       "linear_multi(Tensor x, Tensor? weight, Tensor? bias, Tensor U, Tensor V, Tensor S0, Tensor s, Tensor o,"
       " Tensor index, Tensor? ranks=None) -> Tensor");
-
-  m.set_python_module("osora.ops.osora");
-  // y[..., d] += (x V) D^T in place, for a base that owns its product (a quantised one)  ->  h[n, r] = x V.
-  m.def("linear_add_(Tensor(a!) y, Tensor x, Tensor U, Tensor V, Tensor S0, Tensor s, Tensor o) -> Tensor");
 
   m.set_python_module("osora.svd.truncated");
   // weights: matrices [d, k] of one shape; keys: one integer per matrix, part of its random stream.

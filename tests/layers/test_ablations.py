@@ -102,7 +102,7 @@ def test_gradcheck(side):
 
 
 def test_more_rows_than_one_part(monkeypatch):
-    monkeypatch.setattr(ablations, "_ROWS", 3)
+    monkeypatch.setattr(ablations, "ROWS", 3)
     test_against_float64((7,), 0.0, "input", torch.bfloat16)
     test_against_float64((7,), 0.0, "output", torch.bfloat16)
 

@@ -10,7 +10,7 @@ from several_adapters import CLOSE, alone, config, every_model, in_batch, move, 
 from torch import nn
 
 import osora
-from osora.model.state import osora_layers
+from osora.model.state import all_layers
 
 
 @every_model
@@ -46,7 +46,7 @@ def test_a_batch_of_the_base_is_the_base_bit_for_bit():
 
 def test_an_empty_batch():
     model = three()
-    layer = next(iter(osora_layers(model).values()))
+    layer = next(iter(all_layers(model).values()))
     with osora.adapters_in_batch(model, []), torch.no_grad():
         assert layer(torch.randn(0, 3, 32)).shape == (0, 3, 32)
 
@@ -82,7 +82,7 @@ def test_generation():
 
 def test_hooks_of_the_base_fire():
     model, names = three(), ["a", None, "c"]
-    ids, layer, seen = token_ids(3, 5), list(osora_layers(model).values())[-1], []
+    ids, layer, seen = token_ids(3, 5), list(all_layers(model).values())[-1], []
     plain = in_batch(model, names, ids)
     layer.base_layer.register_forward_hook(lambda *_: seen.append(1))
     torch.testing.assert_close(in_batch(model, names, ids), plain, **CLOSE)
@@ -108,7 +108,7 @@ def test_a_context_in_a_context():
             assert torch.equal(logits(model, ids), logits(tiny_llama(), ids))
     with pytest.raises(KeyError), osora.adapters_in_batch(model, ["a", "b"]):
         raise KeyError
-    assert all(layer.batch is None for layer in osora_layers(model).values())
+    assert all(layer.batch is None for layer in all_layers(model).values())
 
 
 def test_the_adapters_are_those_on_entry():
@@ -166,7 +166,7 @@ def test_wrong_names(names, error, words):
     model = three()
     with pytest.raises(error, match=words), osora.adapters_in_batch(model, names):
         pass
-    assert all(layer.batch is None for layer in osora_layers(model).values())
+    assert all(layer.batch is None for layer in all_layers(model).values())
 
 
 @pytest.mark.parametrize("names", [["a"], ["a", "b", None], []])
@@ -175,7 +175,7 @@ def test_a_wrong_number_of_rows(names):
     with pytest.raises(ValueError, match=rf"has {len(names)} names, and a layer got x of shape \[2, 5, 32\]"):
         in_batch(model, names, ids)
     with osora.adapters_in_batch(model, ["a"] * 32), pytest.raises(ValueError, match=r"shape \[32\]"):
-        next(iter(osora_layers(model).values()))(torch.randn(32))
+        next(iter(all_layers(model).values()))(torch.randn(32))
 
 
 def test_dropout_in_training_mode():

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import osora
 from osora import AdapterError
-from osora.model.state import osora_layers
+from osora.model.state import all_layers
 
 # -- which one is active -----------------------------------------------------------------------------------------------
 
@@ -70,17 +70,17 @@ def test_a_smaller_rank_trains():
     osora.set_adapter(model, "b")
     own = osora.attach(tiny_llama(), config(6))
     osora.detach(own)
-    for layer in osora_layers(model).values():
+    for layer in all_layers(model).values():
         assert layer.rank == 3 and layer.s.shape == (3,) and layer.U.shape[1] == 6
     model(ids, labels=ids).loss.backward()
     with torch.no_grad():
         padded = copy.deepcopy(model)
-    for layer in osora_layers(padded).values():  # the same with zeros for what is absent, and S0 too
+    for layer in all_layers(padded).values():  # the same with zeros for what is absent, and S0 too
         layer.S0[3:] = 0
         layer.s = nn.Parameter(torch.cat([layer.s.detach(), torch.zeros(3)]))
         layer.o.grad = None
     padded(ids, labels=ids).loss.backward()
-    for one, other in zip(osora_layers(model).values(), osora_layers(padded).values(), strict=True):
+    for one, other in zip(all_layers(model).values(), all_layers(padded).values(), strict=True):
         torch.testing.assert_close(one.s.grad, other.s.grad[:3], **CLOSE)
         torch.testing.assert_close(one.o.grad, other.o.grad, **CLOSE)
 
@@ -93,9 +93,9 @@ def test_a_frozen_model_stays_frozen():
 
 def test_layers_that_it_is_not_in_are_their_bases():
     model = osora.set_adapter(three(), "c")
-    out = [name for name, layer in osora_layers(model).items() if layer.adapter is None]
+    out = [name for name, layer in all_layers(model).items() if layer.adapter is None]
     assert out and all(".0." in name for name in out)
-    layer, x = osora_layers(model)[out[0]], torch.randn(2, 32)
+    layer, x = all_layers(model)[out[0]], torch.randn(2, 32)
     assert torch.equal(layer(x), layer.base_layer(x)) and "active=None" in repr(layer)
     assert out[0] not in {module.name for module in osora.summary(model).modules}
     assert osora.summary(model).total == osora.summary(osora.set_adapter(model, "a")).total
@@ -105,7 +105,7 @@ def test_layers_that_it_is_not_in_are_their_bases():
 def test_dropout_is_the_active_one_s():
     model = osora.attach(tiny_llama(), config(dropout=0.5))
     osora.add_adapter(model, "b", config(dropout=0.25))
-    layer = next(iter(osora_layers(model).values()))
+    layer = next(iter(all_layers(model).values()))
     assert [layer.dropout, osora.set_adapter(model, "b") and layer.dropout] == [0.5, 0.25]
 
 
@@ -129,10 +129,10 @@ def test_a_fresh_one_in_layers_without_a_basis():
     osora.add_adapter(model, "b", config(4))
     assert torch.equal(logits(model, ids), before)
     whole = osora.attach(tiny_llama(), config(4))
-    assert list(osora_layers(model)) == list(osora_layers(whole))
-    for name, layer in osora_layers(model).items():
+    assert list(all_layers(model)) == list(all_layers(whole))
+    for name, layer in all_layers(model).items():
         if "q_proj" not in name:
-            assert torch.equal(layer.U, osora_layers(whole)[name].U)
+            assert torch.equal(layer.U, all_layers(whole)[name].U)
     move(model, "b")
     names = ["b", None, "a", "b"]
     ids = token_ids(4, 5)
@@ -140,7 +140,7 @@ def test_a_fresh_one_in_layers_without_a_basis():
     for row, name in enumerate(names):
         torch.testing.assert_close(got[row], alone(model, name, ids)[row], **CLOSE)
     osora.remove_adapter(model, "b")
-    assert all("q_proj" in name for name in osora_layers(model))
+    assert all("q_proj" in name for name in all_layers(model))
     assert sum(isinstance(m, nn.Linear) for m in model.modules()) == 15
 
 
@@ -194,7 +194,7 @@ def test_remove():
     assert osora.adapter_names(model) == ["a", "c"] and torch.equal(logits(model, ids), wish["a"])
     osora.remove_adapter(osora.set_adapter(model, "c"), "a")
     assert torch.equal(logits(model, ids), wish["c"])
-    assert all(".1." in name for name in osora_layers(model)), "the other layers are plain again"
+    assert all(".1." in name for name in all_layers(model)), "the other layers are plain again"
     osora.detach(model)
     assert torch.equal(logits(model, ids), logits(tiny_llama(), ids))
 
@@ -225,7 +225,7 @@ class Shared(nn.Module):
 def test_a_shared_module():
     model, x = osora.attach(Shared(), config(3, target_modules=["other"])), torch.randn(3, 6)
     move(osora.add_adapter(model, "b", config(2)), "b")
-    assert model.first is model.second and len(osora_layers(model)) == 2
+    assert model.first is model.second and len(all_layers(model)) == 2
     with torch.no_grad(), osora.adapters_in_batch(model, ["b", None, "b"]):
         got = model(x)
     with torch.no_grad():
@@ -245,7 +245,7 @@ def test_merge_the_active_one(name):
     torch.testing.assert_close(logits(osora.merge(model), ids), wish, **CLOSE)
     assert torch.equal(logits(osora.unmerge(model), ids), wish)
     torch.testing.assert_close(logits(osora.detach(model, merged=True), ids), wish, **CLOSE)
-    assert not osora_layers(model)
+    assert not all_layers(model)
 
 
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))], ids=["deepcopy", "pickle"])
@@ -322,7 +322,7 @@ def test_files_of_separate_models_share_one(order, save_basis, tmp_path):
         osora.save_adapter(own, tmp_path / name, save_basis=save_basis)
     model = tiny_llama()
     for name in order:
-        before = {n: alone(model, n, ids) for n in (osora.adapter_names(model) if osora_layers(model) else [])}
+        before = {n: alone(model, n, ids) for n in (osora.adapter_names(model) if all_layers(model) else [])}
         assert osora.load_adapter(model, tmp_path / name, name=name) is model
         assert all(torch.equal(alone(model, n, ids), value) for n, value in before.items()), "the others are untouched"
     assert osora.adapter_names(model) == list(order) and osora.active_adapter(model) == order[0]
@@ -362,7 +362,7 @@ def refused(model: nn.Module, folder: Path, error: type[Exception], words: str, 
 def test_another_basis_is_refused(r, tmp_path):
     """Vectors turned within it, by hand: its W0 and shapes are right, its function in this basis is not."""
     own = move_adapter(osora.attach(tiny_llama(), config(r)), 0.1)
-    layers = list(osora_layers(own).values())
+    layers = list(all_layers(own).values())
     turn = torch.linalg.qr(torch.randn(r, r))[0]
     with torch.no_grad():
         layers[-1].U.copy_(layers[-1].U @ turn)
@@ -374,7 +374,7 @@ def test_another_basis_is_refused(r, tmp_path):
 def test_other_singular_values_are_refused(tmp_path):
     own = move_adapter(osora.attach(tiny_llama(), config(4)), 0.1)
     with torch.no_grad():
-        list(osora_layers(own).values())[3].S0.mul_(1.01)
+        list(all_layers(own).values())[3].S0.mul_(1.01)
     folder = saved(own, tmp_path)
     refused(three(), folder, AdapterError, r"o_proj: the adapters of a model share one basis.*basis_sketch off by")
     edit_tensors(folder, lambda tensors: tensors[key("model.layers.0.self_attn.q_proj", "S0")][0].mul_(1.01))
@@ -408,7 +408,7 @@ def test_a_base_in_another_dtype(tmp_path):
     assert torch.equal(alone(model, "d", ids), alone(model, "b", ids))
     own = move_adapter(osora.attach(tiny_llama(), config(4)), 0.1)
     with torch.no_grad():
-        for layer in osora_layers(own).values():
+        for layer in all_layers(own).values():
             turn = torch.linalg.qr(torch.randn(4, 4))[0]
             layer.U.copy_(layer.U @ turn)
             layer.V.copy_(layer.V @ turn)
@@ -426,7 +426,7 @@ def test_the_materialised_plan_goes_along_with_the_active_adapter():
     osora.set_execution(model, "materialised")
     for name in ("c", "a", "b", "c", "a"):  # c leaves layers alone, which have no plan to follow meanwhile
         torch.testing.assert_close(logits(osora.set_adapter(model, name), ids), wish[name], **CLOSE)
-        assert {layer.execution for layer in osora_layers(model).values()} == {"materialised"}
+        assert {layer.execution for layer in all_layers(model).values()} == {"materialised"}
         torch.testing.assert_close(in_batch(model, ["a", "b", "c"], ids), mixed, **CLOSE)
     osora.set_adapter(model, "c")
     for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model)), copy.deepcopy(model).double().float()):

@@ -26,7 +26,7 @@ def materialised(layer: OsoraLinear) -> OsoraLinear:
 
 
 def kept(layer: OsoraLinear) -> list[Tensor]:
-    return ops_materialised.kept(oriented_weight(layer.base_layer), layer.o)
+    return ops_materialised.kept_weights(oriented_weight(layer.base_layer), layer.o)
 
 
 def check_now(layer: OsoraLinear) -> None:
@@ -348,16 +348,16 @@ def test_merge_and_detach_free_it():
     layers = adapted_layers(model)
     osora.merge(model)
     first = next(iter(layers.values()))
-    assert ops_materialised.kept(first.kept_weight(), first.o) == []
+    assert ops_materialised.kept_weights(first.kept_weight(), first.o) == []
     torch.testing.assert_close(logits(model, ids), wish, rtol=1e-4, atol=1e-4)
     osora.unmerge(model)
     assert torch.equal(logits(model, ids), wish)
     weight, o = first.base_layer.weight, first.o
-    assert len(ops_materialised.kept(weight, o)) == 1
+    assert len(ops_materialised.kept_weights(weight, o)) == 1
     osora.detach(model)
     del layers, first
     gc.collect()
-    assert ops_materialised.kept(weight, o) == []
+    assert ops_materialised.kept_weights(weight, o) == []
 
 
 def test_split_frees_it():

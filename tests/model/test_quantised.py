@@ -27,7 +27,7 @@ import osora
 from osora import adapted_layers
 from osora.layers import OsoraLinear
 from osora.layers.base_weight import dense_weight, is_quantised
-from osora.model.state import osora_layers
+from osora.model.state import all_layers
 
 pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
 
@@ -149,7 +149,7 @@ def test_dropout_hooks_and_several_adapters(kind):
     osora.attach(model, osora.OsoraConfig(r=4, dropout=0.5), name="one")
     move_adapter(model)
     osora.add_adapter(model, "two")
-    for layer in osora_layers(model).values():
+    for layer in all_layers(model).values():
         for parameter in layer.deltas("two"):
             parameter.data.normal_(std=0.05)
     alone = {"one": logits(model, ids), "two": logits(osora.set_adapter(model, "two"), ids)}
@@ -161,7 +161,7 @@ def test_dropout_hooks_and_several_adapters(kind):
         # another number of rows: bitsandbytes computes packed 4-bit layers in bfloat16
         torch.testing.assert_close(together[row], alone[name][row], rtol=0.05, atol=0.05)
     seen = []
-    layer = next(iter(osora_layers(model).values()))
+    layer = next(iter(all_layers(model).values()))
     layer.base_layer.register_forward_hook(lambda module, args, y: seen.append(y.clone()) or None)
     torch.testing.assert_close(logits(model, ids), alone["two"], rtol=1e-4, atol=1e-4)
     assert len(seen) == 1
@@ -239,7 +239,7 @@ def test_two_models_share_one_set_of_weights(kind):
     required = {name: p.requires_grad for name, p in model.named_parameters()}
     osora.attach(model, osora.OsoraConfig(r=4))
     other = osora.share_base(model)
-    assert type(other) is type(model) and not osora_layers(other)
+    assert type(other) is type(model) and not all_layers(other)
     assert {name: p.requires_grad for name, p in other.named_parameters()} == required
     mine = {n.replace("base_layer.", ""): p for n, p in model.named_parameters() if p.data_ptr()}
     own = osora.adapter_parameters(model)
@@ -307,10 +307,10 @@ def test_other_quantised_layers_are_named(module, name, by, targets):
     model.model.layers[1].self_attn.q_proj = layer
     with pytest.raises(TypeError, match=rf"layers\.1\.self_attn\.q_proj is quantised by .*{by}.*exclude_modules"):
         osora.attach(model, osora.OsoraConfig(r=4, target_modules=targets))
-    assert not osora_layers(model)
+    assert not all_layers(model)
     if targets == "all-linear":
         osora.attach(model, osora.OsoraConfig(r=4, exclude_modules=["layers.1.self_attn.q_proj"]))
-        assert len(osora_layers(model)) == 13
+        assert len(all_layers(model)) == 13
 
 
 def test_a_weight_of_torchao_in_a_plain_linear_is_refused():
@@ -384,7 +384,7 @@ def test_a_copy_is_one():
     want = logits(model, ids)
     move_adapter(other)
     assert torch.equal(logits(model, ids), want) and not torch.equal(logits(other, ids), want)
-    assert isinstance(next(iter(osora_layers(other).values())), OsoraLinear)
+    assert isinstance(next(iter(all_layers(other).values())), OsoraLinear)
 
 
 # -- saving and loading ----------------------------------------------------------------------------------------------
@@ -448,7 +448,7 @@ def test_another_base_is_refused(kind, tmp_path):
     for wrong in (one_code, scaled, other, plain):
         with pytest.raises(osora.AdapterError, match="is not the one this adapter was trained on"):
             osora.load_adapter(wrong, tmp_path)
-        assert not osora_layers(wrong)
+        assert not all_layers(wrong)
     unknown = quantised_llama(kind)
     unknown.model.layers[0].mlp.up_proj = foreign("gptqmodel.layers", "TorchLinear")()
     with pytest.raises(osora.AdapterError, match="quantised by GPTQ"):

@@ -14,7 +14,7 @@ import osora
 from osora import AdapterError, OsoraConfig, SorsaConfig, adapted_layers
 from osora.layers import AdaptedLinear, SorsaLinear
 from osora.layers.base_weight import oriented_weight
-from osora.model.state import osora_layers
+from osora.model.state import all_layers
 from osora.svd.truncated import decompose
 
 every_model = pytest.mark.parametrize("make", [tiny_llama, tiny_gpt2], ids=["llama", "gpt2"])
@@ -210,7 +210,7 @@ def test_each_row_is_its_own_adapter_s(make):
 
 def test_a_batch_with_hooks_and_autocast():
     model, names = three(), ["b", None, "a", "c"]
-    ids, layer, seen = token_ids(4, 5), list(osora_layers(model).values())[-1], []
+    ids, layer, seen = token_ids(4, 5), list(all_layers(model).values())[-1], []
     with osora.adapters_in_batch(model, names):
         plain = logits(model, ids)
         layer.base_layer.register_forward_hook(lambda *_: seen.append(1))

@@ -399,7 +399,7 @@ def test_every_operator_has_a_cuda_kernel(name):
 
 def test_the_fallback_warns_once(monkeypatch):
     monkeypatch.setattr(common, "has_warned", False)
-    slow = common.served_by_reference(reference.linear)
+    slow = common.warning_once(reference.linear)
     case = linear_case((3,))
     with pytest.warns(RuntimeWarning, match="built without CUDA"):
         y, h = slow(*case.arguments)

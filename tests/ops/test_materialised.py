@@ -85,7 +85,7 @@ def test_the_weight_is_rounded_once(k, d, r, dtype):
     """The last one is summed in two blocks of rows in 16 bits."""
     case = linear_case((1,), k, d, r, dtype, bias=False)
     materialised.refresh(*sources(case))
-    (kept,) = materialised.kept(case.weight, case.o)
+    (kept,) = materialised.kept_weights(case.weight, case.o)
     check_effective(kept, case)
 
 
@@ -111,9 +111,9 @@ def test_strided_sources(dtype):
         wish = expected_linear(case)
         allowed = (TOLERANCE[dtype] + unit(dtype)) * wish.size["y"] + 256 * half_of_least(dtype)
         assert_within(y, wish.value["y"], allowed)
-        (kept,) = materialised.kept(weight, case.o)
+        (kept,) = materialised.kept_weights(weight, case.o)
         check_effective(kept, moved)
-    assert materialised.kept(inside, case.o)[0].is_contiguous()
+    assert materialised.kept_weights(inside, case.o)[0].is_contiguous()
 
 
 def test_small_changes_drown_in_bfloat16():
@@ -162,13 +162,13 @@ def test_it_is_made_once_for_micro_batches_and_both_directions():
             materialised.linear_materialised(*case.arguments).sum().backward()
 
     assert products(step) == 1
-    (kept,) = materialised.kept(case.weight, case.o)
+    (kept,) = materialised.kept_weights(case.weight, case.o)
     address = kept.data_ptr()
     assert products(step) == 0
     with torch.no_grad():
         case.o.add_(0.1)
     assert products(step) == 1
-    (kept,) = materialised.kept(case.weight, case.o)
+    (kept,) = materialised.kept_weights(case.weight, case.o)
     assert kept.data_ptr() == address, "the storage is used again"
     check_effective(kept, case.map(Tensor.detach))
 
@@ -213,7 +213,7 @@ def test_versions_that_meet_again():
     first, second = torch.randn(20), torch.randn(20)
     for o in (first, second, first, second):
         check_effective(effective(case.replace(o=o)), case.replace(o=o))
-    assert len(materialised.kept(case.weight, first)) == len(materialised.kept(case.weight, second)) == 1
+    assert [len(materialised.kept_weights(case.weight, o)) for o in (first, second)] == [1, 1]
 
 
 def test_optimisers_are_seen():
@@ -231,11 +231,11 @@ def test_optimisers_are_seen():
 def test_a_write_that_torch_does_not_count_needs_refresh():
     case = linear_case((3,), bias=False)
     before = effective(case)
-    (kept,) = materialised.kept(case.weight, case.o)
+    (kept,) = materialised.kept_weights(case.weight, case.o)
     case.o.data.fill_(3.0)
     assert torch.equal(effective(case), before), "as torch itself: the version did not move"
     materialised.refresh(*sources(case))
-    (again,) = materialised.kept(case.weight, case.o)
+    (again,) = materialised.kept_weights(case.weight, case.o)
     assert again.data_ptr() == kept.data_ptr()
     check_effective(effective(case), case)
 
@@ -243,17 +243,17 @@ def test_a_write_that_torch_does_not_count_needs_refresh():
 def test_it_goes_with_its_weight():
     case = linear_case((3,), bias=False)
     materialised.linear_materialised(*case.arguments)
-    (kept,) = materialised.kept(case.weight, case.o)
+    (kept,) = materialised.kept_weights(case.weight, case.o)
     gone = weakref.ref(kept.untyped_storage())
     materialised.drop(case.weight, case.o)
-    assert materialised.kept(case.weight, case.o) == []
+    assert materialised.kept_weights(case.weight, case.o) == []
     del kept
     gc.collect()
     assert gone() is None
     # and at the latest when another one is made, once its weight or o is gone
     o = case.o.clone()
     materialised.linear_materialised(*case.replace(o=o).arguments)
-    gone = weakref.ref(materialised.kept(case.weight, o)[0].untyped_storage())
+    gone = weakref.ref(materialised.kept_weights(case.weight, o)[0].untyped_storage())
     del o
     materialised.linear_materialised(*linear_case((3,), bias=False).arguments)
     gc.collect()
@@ -262,12 +262,13 @@ def test_it_goes_with_its_weight():
 
 def test_a_dtype_of_x_has_a_weight_of_its_own():
     case = linear_case((3,), bias=False)
-    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+    dtypes = [torch.float32, torch.bfloat16, torch.float16]
+    for dtype in dtypes:
         check_effective(effective(case, dtype), case)
-    assert [t.dtype for t in materialised.kept(case.weight, case.o)] == [torch.float32, torch.bfloat16, torch.float16]
+    assert [t.dtype for t in materialised.kept_weights(case.weight, case.o)] == dtypes
     case.o.data.fill_(2.0)
     materialised.refresh(*sources(case))
-    for kept in materialised.kept(case.weight, case.o):
+    for kept in materialised.kept_weights(case.weight, case.o):
         check_effective(kept, case)
 
 
@@ -410,7 +411,7 @@ def test_autocast_rounds_the_weight_once():
     with torch.autocast("cpu", torch.bfloat16), saved_tensors(*case.arguments) as saved:
         y = materialised.linear_materialised(*case.arguments)
     assert y.dtype == torch.bfloat16 and sum(t.untyped_storage().nbytes() for t in saved) == 15 * 6 * 2
-    (kept,) = materialised.kept(case.weight, case.o)
+    (kept,) = materialised.kept_weights(case.weight, case.o)
     assert kept.dtype == torch.bfloat16
     check_effective(kept, case.map(Tensor.detach))
     y.sum().backward()
@@ -475,7 +476,7 @@ def test_there_is_a_cuda_kernel(name):
 def test_the_meta_device():
     case = linear_case((2, 3)).map(lambda t: t.to("meta"))
     assert materialised.linear_materialised(*case.arguments).shape == (2, 3, 20)
-    assert materialised.kept(case.weight, case.o) == []
+    assert materialised.kept_weights(case.weight, case.o) == []
 
 
 WRONG = {

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Matrices with known spectra, and the judge of their decompositions."""
+"""Matrices with known spectra, and what a decomposition of one must be."""
 
 import math
 import warnings
@@ -35,7 +35,7 @@ def powers(count, exponent):
 
 
 def quietly(weight, rank, **options):
-    """The :class:`Decomposition`, without the warning for want of convergence."""
+    """The Decomposition, without the warning for want of convergence."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)
         return decompose([weight], rank, names=[options.pop("name", "")], **options)[0]

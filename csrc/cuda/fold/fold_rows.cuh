@@ -16,8 +16,8 @@ __device__ __forceinline__ void load_scales(const A* s0, const A* s, int64_t col
   for (int e = 0; e < N; ++e) start[e] += shift[e];
 }
 
-// d_out[i, j] = u[i, j] (o[i] (s0[j] + s[j]) + s[j]) for the N columns from `column`, rows first, first + step, ... <
-// end. A thread keeps its columns of s0 + s and s in registers and walks down the rows.
+// d_out[i, j] = u[i, j] (o[i] (s0[j] + s[j]) + s[j]) for the N columns from `column`, and of the rows before `end`
+// every step-th from `first`. A thread keeps its columns of s0 + s and s in registers and walks down the rows.
 template <int N, class T, class A>
 __device__ __forceinline__ void fold_rows(const T* __restrict__ u, const A* __restrict__ s0, const A* __restrict__ s,
                                           const A* __restrict__ o, T* __restrict__ d_out, int64_t r, int64_t column,

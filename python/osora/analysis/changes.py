@@ -6,10 +6,8 @@ close, a change of any size exchanges or mixes them and ΔD jumps. ΔΘ compares
 principal angles, and each counts by the gap that sets it apart.
 """
 
-import json
 import math
 import os
-import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -20,6 +18,7 @@ from torch import Tensor, nn
 
 from osora.analysis.weights import Source, Weights
 from osora.config import names_or_regex
+from osora.files.whole import write_json
 from osora.model.targets import name_matches
 from osora.svd.arguments import check_matrix
 from osora.svd.truncated import truncated_svd
@@ -178,21 +177,6 @@ class Changes(Sequence[WeightChange]):
 
 def _plain(change: WeightChange) -> dict[str, Any]:
     return asdict(change) | {"relative": change.relative if math.isfinite(change.relative) else None}
-
-
-def write_json(path: Path, content: Any) -> None:
-    """Under a temporary name that is then changed. Raises ValueError for NaN and infinities: JSON has none."""
-    text = json.dumps(content, indent=1, allow_nan=False) + "\n"
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    try:
-        with open(handle, "w", encoding="utf-8") as file:
-            file.write(text)
-        mask = os.umask(0)
-        os.umask(mask)
-        os.chmod(name, 0o666 & ~mask)  # mkstemp's 0600 would keep a group from reading it
-        os.replace(name, path)
-    finally:
-        Path(name).unlink(missing_ok=True)
 
 
 def chosen(names: Iterable[str], modules: str | Sequence[str] | None) -> list[str]:

@@ -31,8 +31,8 @@ from osora.model.decompose import decompose_targets
 from osora.model.state import (
     AdapterState,
     adapted_layers,
+    all_layers,
     check_new_name,
-    osora_layers,
     refuse_if_adapted,
     refuse_if_busy,
     state_of,
@@ -87,7 +87,7 @@ def _options(model: nn.Module, config: AdapterConfig, save_basis: bool) -> dict[
     """What stands beside the block: what PEFT asks of any adapter, and the method's options."""
     base = type(uncompiled(model))
     return {
-        "peft_type": config.method.upper(),
+        "peft_type": FILE_METHODS[config.method].peft_type,
         "auto_mapping": {"base_model_class": base.__name__, "parent_library": base.__module__},
         "base_model_name_or_path": getattr(model, "name_or_path", None) or None,
         "revision": None,
@@ -121,7 +121,7 @@ def save_adapter(
     """
     adapter = state_of(model).active if name is None else name
     state = state_of(model).of(adapter)
-    layers, method = adapted_layers(model, adapter), FILE_METHODS[state.config.method.upper()]
+    layers, method = adapted_layers(model, adapter), FILE_METHODS[state.config.method]
     _refuse_sharded(layers)
     tensors: dict[str, Tensor] = {}
     for module, layer in layers.items():
@@ -256,7 +256,7 @@ def load_adapter(
         name = DEFAULT
     check_new_name(model, name)
     refuse_if_busy(model)
-    there = {id(layer.base_layer): layer for layer in osora_layers(model).values()}
+    there = {id(layer.base_layer): layer for layer in all_layers(model).values()}
     adapter = read_adapter(folder)
     description, modules = adapter.description, adapter.description.modules
     config = config_of(description)

@@ -76,7 +76,9 @@ def _shards(folder: Path) -> tuple[list[str], str | None]:
         return [SINGLE], None
     indices = sorted(path.name for path in folder.glob(f"*{INDEX_SUFFIX}"))
     if len(indices) > 1:
-        raise BaseFolderError(f"{folder} has several checkpoints: {', '.join(indices)}")
+        raise BaseFolderError(
+            f"{folder} has several checkpoints ({', '.join(indices)}): leave one of their indices there"
+        )
     if indices:
         index = _json(folder / indices[0])
         names = index.get("weight_map") if isinstance(index, dict) else None

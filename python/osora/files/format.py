@@ -65,10 +65,7 @@ class Method:
         return f"{_ROOT}{module}.{self.name}_{kind}" + (".weight" if kind in self.trained else "")
 
 
-FILE_METHODS = {
-    "OSORA": Method("osora", ("o", "s")),
-    "SORSA": Method("sorsa", ("u", "s", "v")),
-}  # by their names in PEFT
+FILE_METHODS = {method.name: method for method in (Method("osora", ("o", "s")), Method("sorsa", ("u", "s", "v")))}
 BASIS = ("U", "V")
 DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in FLOATS}
 _SHAPES = {"o": "d", "s": "r", "u": "dr", "v": "kr", "S0": "r", "U": "dr", "V": "kr"}
@@ -200,7 +197,8 @@ def described(config: Mapping[str, Any], path: Path) -> Description:
             f"reads {FORMAT_VERSION}: train the adapter again"
         )
     peft_type = options.get("peft_type")
-    if not isinstance(peft_type, str) or peft_type not in FILE_METHODS:
+    method = next((each for each in FILE_METHODS.values() if each.peft_type == peft_type), None)
+    if method is None:
         raise AdapterError(f"{path} describes no osora adapter: peft_type is {peft_type!r}")
     if not isinstance(block, dict):
         raise AdapterError(
@@ -221,24 +219,26 @@ def described(config: Mapping[str, Any], path: Path) -> Description:
     modules = {module["name"]: module for module in block["modules"]}
     if len(modules) != len(block["modules"]):
         raise AdapterError(f"{path}: a module is listed twice")
-    return Description(path, FILE_METHODS[peft_type], options, block["save_basis"], modules)
+    return Description(path, method, options, block["save_basis"], modules)
 
 
 def _check_module(path: Path, module: Any) -> None:
+    name = module.get("name") if isinstance(module, dict) else None
+    which = f"{path}: module {name}" if isinstance(name, str) else f"{path}: a module"
     for key, kind in _MODULE_FIELDS.items():
         value = module.get(key) if isinstance(module, dict) else None
         if not isinstance(value, kind) and not (kind is float and isinstance(value, int)):
-            raise AdapterError(f"{path}: a module's {key} is missing or no {kind.__name__}")
+            raise AdapterError(f"{which}: its {key} is missing or no {kind.__name__}")
         if kind is float and not _is_size(value):
-            raise AdapterError(f"{path}: a module's {key} must be a finite number from 0 on")
+            raise AdapterError(f"{which}: its {key} must be a finite number from 0 on")
         if kind is list and not _is_sketch(value):
-            raise AdapterError(f"{path}: a module's {key} must be {fingerprint.PROBES} finite numbers")
+            raise AdapterError(f"{which}: its {key} must be {fingerprint.PROBES} finite numbers")
         if key in _SIZES and module[key] < 1:
-            raise AdapterError(f"{path}: a module's {key} must be at least 1, got {module[key]}")
+            raise AdapterError(f"{which}: its {key} must be at least 1, got {module[key]}")
     if module["dtype"] not in DTYPES:
-        raise AdapterError(f"{path}: a module's dtype must be one of {', '.join(DTYPES)}, got {module['dtype']!r}")
+        raise AdapterError(f"{which}: its dtype must be one of {', '.join(DTYPES)}, got {module['dtype']!r}")
     if not isinstance(module.get("quantization", ""), str):
-        raise AdapterError(f"{path}: a module's quantization must be a str")
+        raise AdapterError(f"{which}: its quantization must be a str")
 
 
 def method_options(description: Description, known: set[str]) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from osora.files.format import CONFIG_FILE
 from osora.files.info import adapter_info
 from osora.files.whole import new_folder, refuse_unreplaceable, sync
 from osora.layers.adapted import AdaptedLinear
-from osora.model.state import osora_layers
+from osora.model.state import all_layers
 
 # Weights in other formats would be the base's still, beside the merged ones: they are left out, and so is the card.
 # By an adapter's config transformers would take the folder for that adapter's.
@@ -103,7 +103,7 @@ def merge_saved(
     places = checkpoint.places(info)
     model = checkpoint.stand_in(places)
     load_adapter(model, adapter, max_memory=max_memory, progress=progress)
-    layers = osora_layers(model)
+    layers = all_layers(model)
     done = 0
     with new_folder(out) as unfinished:
         for name in checkpoint.files:

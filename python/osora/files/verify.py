@@ -15,7 +15,7 @@ from osora.files.format import DTYPES
 from osora.files.info import SavedModule, adapter_info
 from osora.layers.adapted import AdaptedLinear
 from osora.layers.base_weight import oriented_weight
-from osora.model.state import osora_layers
+from osora.model.state import all_layers
 from osora.svd.plan import rounding_floor
 
 
@@ -115,7 +115,7 @@ def verify_adapter(
     checkpoint = BaseFolder(base)
     places = checkpoint.places(info)
     model = load_adapter(checkpoint.stand_in(places), folder, max_memory=max_memory, progress=progress)
-    layers = osora_layers(model)
+    layers = all_layers(model)
     return Verification(
         Path(folder),
         Path(base),

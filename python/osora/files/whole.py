@@ -1,12 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """Files and folders that are there whole or not at all: filled under another name, synchronised, renamed."""
 
+import json
 import os
 import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 
 def _usual_mode(full: int) -> int:
@@ -40,6 +42,15 @@ def finish(path: Path) -> None:
     """On the disk, and with the mode of any new file."""
     sync(path)
     os.chmod(path, _usual_mode(0o666))
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Whole or not at all. Raises ValueError for NaN and infinities: JSON has none."""
+    text = json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+    with temporary_beside(path) as new:
+        new.write_text(text, encoding="utf-8", errors="backslashreplace")  # the bytes of a path may be no text
+        finish(new)
+        os.replace(new, path)
 
 
 def refuse_used(target: Path) -> None:

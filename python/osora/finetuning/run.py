@@ -19,7 +19,7 @@ from safetensors import SafetensorError
 from osora import build_info
 from osora.files.adapter import save_adapter
 from osora.files.card import write_card
-from osora.files.whole import finish, new_folder, refuse_used, temporary_beside
+from osora.files.whole import new_folder, refuse_used, write_json
 from osora.finetuning.data import Example, encode_all, read_jsonl
 from osora.finetuning.listener import Listener
 from osora.finetuning.settings import TrainSettings
@@ -54,14 +54,6 @@ def _sha256(path: Path) -> str:
         while block := file.read(1 << 20):
             digest.update(block)
     return digest.hexdigest()
-
-
-def _write_json(path: Path, content: dict[str, Any]) -> None:
-    with temporary_beside(path) as new:
-        text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
-        new.write_text(text, encoding="utf-8", errors="backslashreplace")  # the bytes of a path may be no text
-        finish(new)
-        os.replace(new, path)
 
 
 def _check_output(settings: TrainSettings, record: dict[str, Any]) -> None:
@@ -204,7 +196,7 @@ def finetune(
         listener.say(f"going on from {resume_from}" if resume_from else "there is no checkpoint yet: from the start")
     else:
         output.mkdir(parents=True, exist_ok=True)
-        _write_json(output / SETTINGS, record)
+        write_json(output / SETTINGS, record)
     training = time.perf_counter()
     state = train(model, settings, examples, evaluation, output / CHECKPOINTS, resume_from, listener)
     seconds = {"before": training - began, "training": time.perf_counter() - training}
@@ -241,7 +233,7 @@ def finetune(
         "adapter": str(adapter),
         "adapter_bytes": sum(path.stat().st_size for path in adapter.iterdir()),
     }
-    _write_json(output / REPORT, report)
+    write_json(output / REPORT, report)
     return report
 
 

@@ -114,7 +114,7 @@ class AdaptedLinear(KeepsBase):
         for kind, shape in formula.shapes(self.out_features, self.in_features, factors.S.numel()).items():
             zeros = torch.zeros(shape, dtype=exact, device=device)
             self.register_parameter(kind, nn.Parameter(zeros, requires_grad=kind in formula.trained))
-        self._kept = []
+        self.base_kept = []
         self.train(base_layer.training)
 
     @property
@@ -135,7 +135,7 @@ class AdaptedLinear(KeepsBase):
     @property
     def merged(self) -> bool:
         """Whether the base layer holds the merged weight now."""
-        return bool(self._kept)
+        return bool(self.base_kept)
 
     def basis(self, rank: int | None = None) -> Basis:
         """U, V and S0 of the active adapter, or of one of that rank: the leading columns, as views."""
@@ -279,7 +279,7 @@ class AdaptedLinear(KeepsBase):
         if plan == "split" or not self._can_materialise():
             return None
         assert self.adapter is not None
-        base = self._kept[0].weight if self.merged else self.base_layer.weight
+        base = self.base_kept[0].weight if self.merged else self.base_layer.weight
         assert isinstance(base, nn.Parameter)
         return Materialised(base, *self.deltas(self.adapter))
 
@@ -315,9 +315,9 @@ class AdaptedLinear(KeepsBase):
             ValueError: already merged, quantised, or the sum has NaN or infinite entries; nothing is changed then.
         """
         if self.merged:
-            raise ValueError("the adapter is merged already")
+            raise ValueError("the adapter is merged already: call osora.unmerge(model) before merging another")
         if self.batch is not None:
-            raise ValueError("merging is not possible within adapters_in_batch")
+            raise ValueError("a layer cannot be merged within adapters_in_batch: leave its with block first")
         if not requantize:
             self.refuse_quantised(
                 "run it unmerged, dequantise the base before, or call osora.merge(model, requantize=True)"
@@ -329,7 +329,7 @@ class AdaptedLinear(KeepsBase):
     def unmerge(self) -> None:
         """Put the kept base weight back: the same tensor, bit for bit. Raises ValueError if it is not merged."""
         if not self.merged:
-            raise ValueError("the adapter is not merged")
+            raise ValueError("the adapter is not merged: there is nothing to undo")
         self.put_back()
 
     def kept_weight(self) -> Tensor:

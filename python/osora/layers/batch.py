@@ -73,7 +73,7 @@ class InOneOperator(RowAdapters):
 
 
 @dataclass(frozen=True)
-class OneAdapter:
+class AdapterRows:
     """One adapter of a batch and the rows that it is for."""
 
     formula: Formula
@@ -85,7 +85,7 @@ class OneAdapter:
 class EachInTurn(RowAdapters):
     """Adapters of any methods: the base once for all rows, then each adapter's branch for its rows."""
 
-    each: tuple[OneAdapter, ...]
+    each: tuple[AdapterRows, ...]
 
     @property
     def is_empty(self) -> bool:
@@ -142,7 +142,7 @@ class RowTables:
             each = []
             for name, formula, deltas, _ in here:
                 rows = self._integers([i for i, row in enumerate(self.names) if row == name], S0.device)
-                each.append(OneAdapter(formula, [t.detach().clone() for t in deltas], rows))
+                each.append(AdapterRows(formula, [t.detach().clone() for t in deltas], rows))
             return EachInTurn(*common, tuple(each))
         rank, ranks = S0.numel(), [adapter.formula.rank(adapter.deltas) for adapter in here]
         o_table, s_table = S0.new_zeros(len(here), out_features), S0.new_zeros(len(here), rank)

@@ -15,11 +15,11 @@ class KeepsBase(nn.Module):
     """A layer around a ``base_layer``, whose own weight it keeps as long as a merged one stands in its place."""
 
     base_layer: nn.Module
-    _kept: list[Kept]  # one while the layer is merged
+    base_kept: list[Kept]  # one while the layer is merged
 
     def base(self) -> Any:
         """The base layer or, while a merged weight is in it, what it was, for whoever reads a base weight."""
-        return AsItWas(self.base_layer, self._kept[0]) if self._kept else self.base_layer
+        return AsItWas(self.base_layer, self.base_kept[0]) if self.base_kept else self.base_layer
 
     def refuse_quantised(self, cure: str) -> None:
         """Raise ValueError where the base is quantised, so that merging would round most of an adapter away."""
@@ -38,9 +38,9 @@ class KeepsBase(nn.Module):
         if (kind := kind_of(self.base_layer)) is not None:
             if not bool(total.isfinite().all()):
                 raise ValueError("merging gives NaN or infinite weights")
-            self._kept.append(kind.replace(self.base_layer, total))
+            self.base_kept.append(kind.replace(self.base_layer, total))
             return
-        own = self._kept[0].weight if self._kept else self.base_layer.weight
+        own = self.base_kept[0].weight if self.base_kept else self.base_layer.weight
         assert isinstance(own, nn.Parameter)
         merged = total.to(own.dtype)
         if not bool(merged.isfinite().all()):
@@ -48,15 +48,15 @@ class KeepsBase(nn.Module):
         if is_conv1d(self.base_layer):
             merged = merged.t()
         self.base_layer.weight = nn.Parameter(merged.contiguous(), requires_grad=False)
-        self._kept[:] = [Kept(own)]
+        self.base_kept[:] = [Kept(own)]
 
     def put_back(self) -> None:
         """Put the kept base weight back: the same tensor, bit for bit."""
-        restore(self.base_layer, self._kept.pop())
+        restore(self.base_layer, self.base_kept.pop())
 
     def move_kept(self, fn: Callable[[Tensor], Tensor]) -> None:
         """Have the kept weight follow where ``nn.Module._apply(fn)`` moves the others. Raises RuntimeError."""
-        for kept in self._kept:
+        for kept in self.base_kept:
             if is_quantised(self.base_layer):
                 raise RuntimeError("a model merged with requantize=True cannot be moved: call osora.unmerge first")
             kept.weight.data = fn(kept.weight.data)

@@ -17,15 +17,15 @@ from osora.layers.base_weight import dense_weight
 from osora.layers.batch import AdapterOfBatch, RowAdapters, RowTables
 from osora.layers.formulas import formula_of
 from osora.layers.linears import make_layer
-from osora.model.attach import install_beside, notes_of, unwrap
-from osora.model.decompose import decompose_targets, kept, with_enough
+from osora.model.attach import install_beside, unwrap
+from osora.model.decompose import as_asked, decompose_targets, notes_of, with_enough
 from osora.model.parameters import adapter_parameters
 from osora.model.state import (
     AdapterState,
     State,
     adapted_layers,
+    all_layers,
     check_new_name,
-    osora_layers,
     refuse_if_busy,
     state_of,
 )
@@ -67,7 +67,7 @@ def set_adapter(model: nn.Module, name: str) -> nn.Module:
     trainable = any(parameter.requires_grad for parameter in adapter_parameters(model))
     for parameter in adapter_parameters(model):
         parameter.requires_grad_(False)
-    for layer in osora_layers(model).values():
+    for layer in all_layers(model).values():
         layer.select_adapter(name)
         layer.dropout = adapter.config.dropout
     state.active = name
@@ -165,7 +165,7 @@ def add_adapter(
         formula = formula_of(config)
     else:
         formula = formula_of(config)
-        there = {id(layer.base_layer): layer for layer in osora_layers(model).values()}
+        there = {id(layer.base_layer): layer for layer in all_layers(model).values()}
         targets = find_targets(model, config)
         fitted = [_fitted(t, there[id(t.module)], config) for t in targets if id(t.module) in there]
         joined = [(there[id(target.module)], target.rank) for target in fitted]
@@ -173,7 +173,7 @@ def add_adapter(
         for target, factors in decompose_targets(
             missing, config, max_memory=max_memory, unconverged=unconverged, progress=progress
         ):
-            target, factors = kept(target, factors, config)
+            target, factors = as_asked(target, factors, config)
             new.append((target, make_layer(target.module, factors, formula, config.dropout, name)))
         notes = notes_of([*fitted, *(target for target, _ in new)])
     for layer, rank in joined:
@@ -227,7 +227,7 @@ def adapters_in_batch(model: nn.Module, names: Sequence[str | None]) -> Iterator
         RuntimeError: from the model, within: a gradient would be needed.
     """
     tables, state = RowTables(_checked_names(model, names)), state_of(model)
-    layers = osora_layers(model)
+    layers = all_layers(model)
     for name, layer in layers.items():
         if layer.merged:
             raise ValueError(f"{name}: the adapter is merged: call osora.unmerge(model) first")

@@ -12,15 +12,15 @@ from osora.layers.adapted import DEFAULT, AdaptedLinear
 from osora.layers.formulas import formula_of
 from osora.layers.linears import make_layer
 from osora.layers.quantised import allow_packing, keep_order
-from osora.model.decompose import decompose_targets, kept, notes_of
+from osora.model.decompose import as_asked, decompose_targets, notes_of
 from osora.model.merge import merge_layers
 from osora.model.state import (
     AdapterState,
     State,
     adapted_layers,
+    all_layers,
     check_new_name,
     forget,
-    osora_layers,
     refuse_if_adapted,
     remember,
     state_of,
@@ -110,7 +110,7 @@ def attach(
     for target, factors in decompose_targets(
         targets, config, max_memory=max_memory, unconverged=unconverged, progress=progress
     ):
-        target, factors = kept(target, factors, config)
+        target, factors = as_asked(target, factors, config)
         layers.append((target, make_layer(target.module, factors, formula, config.dropout, name)))
     notes = notes_of(target for target, _ in layers)
     install(model, layers, name, AdapterState(config, time.perf_counter() - began, notes))
@@ -136,7 +136,7 @@ def detach(model: nn.Module, *, merged: bool = False) -> nn.Module:
         for layer in layers.values():
             if layer.merged:
                 layer.unmerge()
-    unwrap(model, osora_layers(model).values())
+    unwrap(model, all_layers(model).values())
     allow_packing(state.in_order)
     forget(model)
     for name, parameter in uncompiled(model).named_parameters():
@@ -148,7 +148,7 @@ def detach(model: nn.Module, *, merged: bool = False) -> nn.Module:
 def disabled(model: nn.Module) -> Iterator[nn.Module]:
     """Within it, the model is its base, bit for bit (a reference model for DPO, say). Raises ValueError if merged."""
     state_of(model)
-    layers = list(osora_layers(model).values())
+    layers = list(all_layers(model).values())
     if any(layer.merged for layer in layers):
         raise ValueError("the adapter is merged: call osora.unmerge(model) first")
     before = [layer.enabled for layer in layers]

@@ -6,18 +6,45 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 
+import torch
 from torch import Tensor
 
 from osora.config import AdapterConfig
 from osora.layers.base_weight import dense_weight, is_quantised, oriented_weight
 from osora.model.targets import Target
+from osora.reference import accumulate_dtype
 from osora.svd.arguments import check_matrix, check_max_memory
 from osora.svd.certificate import Decomposition, Unconverged
 from osora.svd.plan import svd_plan
 from osora.svd.spectrum import captured_energy, rank_for_energy
 from osora.svd.truncated import decompose
 
-_BATCH_ENTRIES = 2**24  # weight entries decomposed in one call: bounds the factors held at once
+_CPU_ENTRIES = 2**24  # weight entries decomposed in one call on a CPU, where they run one after the other
+_CARD_SHARE = 4  # on a card the factors of one call take at most this part of what is free, one over it
+
+
+def free_on_card(device: torch.device) -> int:
+    """Bytes that tensors can still take on a card: what nobody has, and what torch keeps of freed ones."""
+    kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return torch.cuda.mem_get_info(device)[0] + kept
+
+
+def batch_size(target: Target, free: int | None) -> int:
+    """How many matrices of a target's kind are decomposed in one call; their factors are held at once.
+
+    On a card they run side by side, the more the better; how many are in work at a time the operator bounds by itself.
+
+    Args:
+        target: one of them.
+        free: bytes that are free on the card, None on a CPU.
+    """
+    (d, k), weight = target.weight.shape, target.weight
+    if free is None:
+        return max(1, _CPU_ENTRIES // weight.numel)
+    each = (d + k + 1) * target.rank * accumulate_dtype(weight.stored).itemsize
+    if is_quantised(target.module):
+        each += weight.numel * weight.stored.itemsize  # its matrix, made for the call
+    return max(1, free // _CARD_SHARE // each)
 
 
 def batches(targets: list[Target]) -> Iterator[list[Target]]:
@@ -27,7 +54,8 @@ def batches(targets: list[Target]) -> Iterator[list[Target]]:
         weight = target.weight
         groups[(*weight.shape, target.rank, weight.stored, weight.device)].append(target)
     for group in groups.values():
-        size = max(1, _BATCH_ENTRIES // group[0].weight.numel)
+        device = group[0].weight.device
+        size = batch_size(group[0], free_on_card(device) if device.type == "cuda" else None)
         for begin in range(0, len(group), size):
             yield group[begin : begin + size]
 
@@ -74,6 +102,7 @@ def decompose_targets(
                 seed=config.seed,
                 max_memory=max_memory,
                 unconverged=unconverged,
+                else_use="a smaller r",
             )
             for target, factors in zip(batch, found, strict=True):
                 yield target, factors
@@ -97,7 +126,7 @@ def rank_note(factors: Decomposition) -> str:
     return f"its weight has rank {asked - zeros} to rounding, less than {asked}" if zeros else ""
 
 
-def kept(target: Target, factors: Decomposition, config: AdapterConfig) -> tuple[Target, Decomposition]:
+def as_asked(target: Target, factors: Decomposition, config: AdapterConfig) -> tuple[Target, Decomposition]:
     """What an adapter keeps of a decomposition, by its ``rank_for_energy``; and a note of triplets that are zero."""
     if config.rank_for_energy is not None:
         target = with_enough(target, factors.S, factors.norm, config.rank_for_energy)

@@ -21,9 +21,8 @@ def set_execution(model: nn.Module, plan: str, layers: str | Iterable[str] | Non
     The materialised weight is made in the first forward, and again after o, s or the base weight changed; micro-batches
     share it, and so do forward and backward. Two cases compute split under either plan: training with dropout, which
     acts on the branch alone, and a base layer with hooks, which must see its own output. Under autocast it is made in
-    autocast's dtype. A merged or disabled layer does not use it, nor a batch
-    of :func:`osora.adapters_in_batch`, nor while an adapter is active whose method does not have this plan (SORSA).
-    Parameters that FSDP replaces are refused.
+    autocast's dtype. A merged or disabled layer does not use it, nor a batch of :func:`osora.adapters_in_batch`, nor a
+    layer whose active adapter's method does not have this plan (SORSA). Parameters that FSDP replaces are refused.
 
     Args:
         model: a model with an adapter.

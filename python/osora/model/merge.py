@@ -59,7 +59,7 @@ def unmerge(model: nn.Module) -> nn.Module:
     layers = adapted_layers(model)
     for name, layer in layers.items():
         if not layer.merged:
-            raise ValueError(f"{name}: the adapter is not merged")
+            raise ValueError(f"{name}: the adapter is not merged: there is nothing to undo")
     for layer in layers.values():
         layer.unmerge()
     return model

@@ -19,7 +19,7 @@ _NOTES_SHOWN = 8
 
 @dataclass(frozen=True)
 class ModuleSummary:
-    """One adapted layer: its weight's shape [out_features, in_features], rank, and the proof of its factors."""
+    """One adapted layer: its weight's shape [out_features, in_features], rank, and the certificate of its factors."""
 
     name: str
     shape: tuple[int, int]

@@ -7,7 +7,7 @@ from typing import Any
 from torch import nn
 
 from osora.layers.quantised import keep_order
-from osora.model.state import forget, osora_layers, state_of
+from osora.model.state import all_layers, forget, state_of
 from osora.model.targets import uncompiled
 
 
@@ -33,7 +33,7 @@ def share_base(model: nn.Module) -> nn.Module:
             "the model has adapters of PEFT, which would come along: share the base model, and then call "
             "get_peft_model on each of the two"
         )
-    layers = osora_layers(model)
+    layers = all_layers(model)
     for name, layer in layers.items():
         if layer.merged:
             raise ValueError(f"{name}: the adapter is merged: call osora.unmerge(model) first")

@@ -80,7 +80,7 @@ def forget(model: nn.Module) -> None:
     delattr(uncompiled(model), _ATTRIBUTE)
 
 
-def osora_layers(model: nn.Module) -> dict[str, AdaptedLinear]:
+def all_layers(model: nn.Module) -> dict[str, AdaptedLinear]:
     """Name → layer that any adapter is in, in the model's order; a shared layer once."""
     found = uncompiled(model).named_modules()
     return {name: module for name, module in found if isinstance(module, AdaptedLinear)}
@@ -96,7 +96,7 @@ def adapted_layers(model: nn.Module, adapter: str | None = None) -> dict[str, Ad
     Returns:
         Module name → layer, in the model's order; a layer that has several names once.
     """
-    layers = osora_layers(model).items()
+    layers = all_layers(model).items()
     if adapter is None:
         return {name: layer for name, layer in layers if layer.adapter is not None}
     return {name: layer for name, layer in layers if adapter in layer.adapters()}
@@ -104,7 +104,7 @@ def adapted_layers(model: nn.Module, adapter: str | None = None) -> dict[str, Ad
 
 def refuse_if_busy(model: nn.Module) -> None:
     """Raise ValueError where adapters cannot be exchanged now: merged, or within a batch of several."""
-    for name, layer in osora_layers(model).items():
+    for name, layer in all_layers(model).items():
         if layer.merged:
             raise ValueError(f"{name}: the adapter is merged: call osora.unmerge(model) first")
         if layer.batch is not None:
@@ -126,7 +126,7 @@ def check_new_name(model: nn.Module, name: str) -> None:
 
 def refuse_if_adapted(model: nn.Module) -> None:
     """Raise ValueError if the model has an adapter already."""
-    if getattr(model, _ATTRIBUTE, None) is not None or osora_layers(model):
+    if getattr(model, _ATTRIBUTE, None) is not None or all_layers(model):
         raise ValueError(
             "this model has an osora adapter already: call osora.detach(model) before attaching another, or give the "
             "new one a name with osora.add_adapter(model, name) or osora.load_adapter(model, folder, name=name)"

@@ -15,7 +15,7 @@ from torch import Tensor
 from osora import reference
 from osora.ops.common import autocast_inputs, is_transformed, refuse_frozen
 
-_ROWS = 2**12  # rows of x and dy that are widened at a time
+ROWS = 2**12  # rows of x and dy that are widened at a time
 
 
 def fold_from(Q: Tensor, S0: Tensor, s: Tensor, o: Tensor, c: float) -> Tensor:
@@ -28,7 +28,7 @@ def _sums(left: Tensor, right: Tensor) -> Tensor:
     """``leftᵀ right`` of [n, a] and [n, b], summed in float32 (float64)."""
     exact = reference.accumulate_dtype(left.dtype)
     total = left.new_zeros((left.shape[1], right.shape[1]), dtype=exact)
-    for a, b in zip(left.split(_ROWS), right.split(_ROWS), strict=True):
+    for a, b in zip(left.split(ROWS), right.split(ROWS), strict=True):
         total.addmm_(a.t().to(exact), b.to(exact))
     return total
 

@@ -96,7 +96,7 @@ def autocast_inputs(x: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | No
 has_warned = False
 
 
-def served_by_reference(function: Callable) -> Callable:
+def warning_once(function: Callable) -> Callable:
     """The function, with one warning for all of them."""
 
     def slow(*arguments: Any) -> Any:
@@ -121,4 +121,4 @@ def serve_by_reference(*functions: Callable) -> None:
     """Where osora was built without CUDA, these functions of plain torch are the operators of their names there."""
     if not _load.extension.build_info()["cuda"]:
         for function in functions:
-            _fallbacks.impl(function.__name__, served_by_reference(function), "CUDA")
+            _fallbacks.impl(function.__name__, warning_once(function), "CUDA")

@@ -105,7 +105,7 @@ torch.library.register_autograd(
 )
 
 
-class _LinearEffective(torch.autograd.Function):
+class _LinearMaterialised(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> Tensor:
         y, h = _ops.linear_effective(*inputs)
@@ -155,7 +155,7 @@ def linear_materialised(
     x, bias, _ = autocast_inputs(x, bias)
     inputs = (x, weight, bias, U, V, S0, s, o)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs):
-        return _LinearEffective.apply(*inputs, s.requires_grad or o.requires_grad)
+        return _LinearMaterialised.apply(*inputs, s.requires_grad or o.requires_grad)
     return _ops.linear_effective(*inputs, False)[0]
 
 
@@ -171,7 +171,7 @@ def drop(weight: Tensor, o: Tensor) -> None:
         _ops.effective_drop(weight, o)
 
 
-def kept(weight: Tensor, o: Tensor) -> list[Tensor]:
+def kept_weights(weight: Tensor, o: Tensor) -> list[Tensor]:
     """What is kept of this weight and this o: at most one W_eff [d, k] for each dtype of x."""
     return [] if weight.is_meta or o.is_meta else _ops.effective_kept(weight, o)
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""SORSA's operators with types, fake kernels, derivatives and autocast; :mod:`osora.ops` has those of OSoRA.
+"""SORSA's operators with types, fake kernels, derivatives and autocast; :mod:`osora.ops.osora` has those of OSoRA.
 
 Trained are the changes u, s, v of the top singular triplets, ``U = U0 + u``, ``S = S0 + s``, ``V = V0 + v``.
 """

@@ -10,8 +10,8 @@ from osora.peft.config import OsoraConfig, SorsaConfig
 from osora.peft.layer import OsoraLinear, SorsaLinear
 from osora.peft.model import OsoraModel, SorsaModel
 from osora.peft.registry import register
-from osora.peft.reloading import install as check_reloading
-from osora.peft.whole_files import install as save_whole_files
+from osora.peft.reloading import check_reloading
+from osora.peft.whole_files import save_whole_files
 
 _release = tuple(int(part) for part in _peft.__version__.split(".")[:2])
 if _release < (0, 18):

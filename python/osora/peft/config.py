@@ -12,7 +12,7 @@ from torch import nn
 
 from osora import config as native
 from osora.config import ALL_LINEAR
-from osora.files.format import BLOCK, CONFIG_FILE, Description, check_header, described, read_json
+from osora.files.format import BLOCK, CONFIG_FILE, FILE_METHODS, Description, check_header, described, read_json
 from osora.files.info import config_of
 from osora.peft import saving
 from osora.peft.registry import peft_type
@@ -61,7 +61,7 @@ class AdapterConfig(PeftConfig):
     def __post_init__(self) -> None:
         """Check every field, as the native configuration does."""
         super().__post_init__()
-        self.peft_type = peft_type(self.native_class.method.upper())
+        self.peft_type = peft_type(FILE_METHODS[self.native_class.method].peft_type)
         for name in ("target_modules", "exclude_modules"):
             value = getattr(self, name)
             setattr(self, name, set(value) if isinstance(value, list | tuple) else value)
@@ -98,7 +98,7 @@ class AdapterConfig(PeftConfig):
     def _options(self) -> dict[str, Any]:
         options = {key: value for key, value in asdict(self).items() if key != "osora"}
         return {key: sorted(value) if isinstance(value, set) else value for key, value in options.items()} | {
-            "peft_type": self.native_class.method.upper()
+            "peft_type": FILE_METHODS[self.native_class.method].peft_type
         }
 
     def to_dict(self) -> dict[str, Any]:

@@ -22,7 +22,7 @@ from osora.peft import loading
 from osora.svd.certificate import Certificate, Decomposition
 
 
-class Change(nn.Module):
+class Delta(nn.Module):
     """One trained tensor. A module of its own, with a ``weight``, because TRL and FSDP look for adapters as such."""
 
     def __init__(self, value: Tensor) -> None:
@@ -69,7 +69,7 @@ class AdapterLayer(KeepsBase, BaseTunerLayer):
         self.out_features, self.in_features = base_weight(base_layer).shape
         self.adapters: dict[str, Adapter] = {}
         self.batch: Sequence[tuple[RowAdapters, Basis]] | None = None  # within a batch of several adapters
-        self._kept = []
+        self.base_kept = []
         self._disable_adapters = False
         self.merged_adapters = []
         self.frozen_peft_weight_names = {}
@@ -139,7 +139,7 @@ class AdapterLayer(KeepsBase, BaseTunerLayer):
         device = base_weight(self.base_layer).device
         self.adapters[name] = adapter
         for kind, shape in adapter.formula.shapes(self.out_features, self.in_features, rank).items():
-            self.box(kind)[name] = Change(torch.full(shape, fill, dtype=self.exact, device=device))
+            self.box(kind)[name] = Delta(torch.full(shape, fill, dtype=self.exact, device=device))
 
     def widest(self) -> dict[str, list[str]]:
         """Adapters by the memory of their basis; in each group the one of largest rank comes first."""
@@ -190,13 +190,13 @@ class AdapterLayer(KeepsBase, BaseTunerLayer):
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """x [..., in_features] → [..., out_features]."""
         if self._disable_adapters:
-            if self._kept:
+            if self.base_kept:
                 self.unmerge()
             return self.base_layer(x, *args, **kwargs)
         if self.batch is not None:
             return self._row_by_row(x)
         active = [name for name in self.active_adapters if name in self.adapters]
-        if self._kept or not active:
+        if self.base_kept or not active:
             return self.base_layer(x, *args, **kwargs)
         if any(self.adapters[name].awaited is not None for name in active):
             self.settle()
@@ -214,7 +214,7 @@ class AdapterLayer(KeepsBase, BaseTunerLayer):
 
     def _row_by_row(self, x: Tensor) -> Tensor:
         assert self.batch is not None
-        if self._kept:
+        if self.base_kept:
             raise ValueError("adapter_names cannot be used while adapters are merged: call unmerge_adapter() first")
         y = None
         for rows, basis in self.batch:
@@ -271,7 +271,7 @@ class AdapterLayer(KeepsBase, BaseTunerLayer):
             ValueError: the sum has NaN or infinite entries; nothing is changed then.
         """
         if self.batch is not None:
-            raise ValueError("merging is not possible within a batch of several adapters")
+            raise ValueError("a layer cannot be merged within a batch of several adapters: wait for its end")
         if not self.adapters:
             return
         new = [name for name in dict.fromkeys(check_adapters_to_merge(self, adapter_names)) if name in self.adapters]
@@ -296,7 +296,7 @@ class AdapterLayer(KeepsBase, BaseTunerLayer):
 
     def unmerge(self) -> None:
         """Put the kept base weight back: the same tensor, bit for bit."""
-        if not self._kept:
+        if not self.base_kept:
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
             return
         self.put_back()
@@ -352,7 +352,7 @@ class AdapterLayer(KeepsBase, BaseTunerLayer):
     def extra_repr(self) -> str:
         """Sizes and ranks, for ``print(model)``."""
         ranks = {name: self.box("S0")[name].numel() for name in self.adapters}
-        merged = f", merged={self.merged_adapters}" if self._kept else ""
+        merged = f", merged={self.merged_adapters}" if self.base_kept else ""
         return f"in_features={self.in_features}, out_features={self.out_features}, rank={ranks}{merged}"
 
 
@@ -374,4 +374,13 @@ class SorsaLinear(AdapterLayer):
     other_param_names = ("sorsa_S0", "sorsa_U", "sorsa_V")
 
 
-__all__ = ["Adapter", "AdapterLayer", "OsoraLinear", "SorsaLinear"]
+def layers_of(model: nn.Module, adapter: str) -> dict[str, AdapterLayer]:
+    """Name → layer that an adapter is in, in the model's order."""
+    return {
+        name: layer
+        for name, layer in model.named_modules()
+        if isinstance(layer, AdapterLayer) and adapter in layer.adapters
+    }
+
+
+__all__ = ["Adapter", "AdapterLayer", "OsoraLinear", "SorsaLinear", "layers_of"]

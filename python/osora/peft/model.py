@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The methods' ``BaseTuner``: which layers get an adapter, and its decompositions, all of a shape at once."""
+"""The methods' ``BaseTuner``: an adapter's way into a model and out of it, as PEFT calls for it."""
 
 import copy
 import math
@@ -22,9 +22,8 @@ from osora.peft.batch import rows_of_adapters
 from osora.peft.combine import combine
 from osora.peft.config import AdapterConfig
 from osora.peft.filling import await_file, empty_basis, fill
-from osora.peft.layer import Adapter, AdapterLayer, OsoraLinear, SorsaLinear
+from osora.peft.layer import Adapter, AdapterLayer, OsoraLinear, SorsaLinear, layers_of
 from osora.peft.rollback import Before, put_originals
-from osora.peft.saving import layers_of
 from osora.peft.targets import Surroundings, matches
 
 # Attributes of the model without PEFT around it.

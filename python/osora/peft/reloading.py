@@ -18,9 +18,8 @@ from osora.files.evidence import certificate_of, check_bases
 from osora.files.format import AdapterError, Description
 from osora.layers.formulas import formula_of
 from osora.peft.config import AdapterConfig
-from osora.peft.layer import AdapterLayer
+from osora.peft.layer import AdapterLayer, layers_of
 from osora.peft.loading import check_arrived
-from osora.peft.saving import layers_of
 
 _HUB = ("subfolder", "revision", "cache_dir", "token")  # what finds a configuration, among load_adapter's options
 _BESIDE = ("bias", "modules_to_save", "trainable_token_indices")
@@ -130,10 +129,10 @@ def _checked(load_adapter: Callable[..., Any]) -> Callable[..., Any]:
     return load
 
 
-def install() -> None:
+def check_reloading() -> None:
     """Have ``PeftModel.load_adapter`` do so; adapters of other methods are loaded as before."""
     if not hasattr(PeftModel.load_adapter, _MARK):
         PeftModel.load_adapter = _checked(PeftModel.load_adapter)  # type: ignore[method-assign]
 
 
-__all__ = ["install"]
+__all__ = ["check_reloading"]

@@ -16,19 +16,10 @@ from torch import Tensor, nn
 from osora.files.evidence import describe
 from osora.files.format import CONFIG_FILE, FILE_METHODS, TENSOR_FILE, Description, write_config
 from osora.files.whole import finish, temporary_beside
-from osora.peft.layer import AdapterLayer
+from osora.peft.layer import AdapterLayer, layers_of
 
 if TYPE_CHECKING:
     from osora.peft.config import AdapterConfig
-
-
-def layers_of(model: nn.Module, adapter: str) -> dict[str, AdapterLayer]:
-    """Name → layer that an adapter is in, in the model's order."""
-    return {
-        name: layer
-        for name, layer in model.named_modules()
-        if isinstance(layer, AdapterLayer) and adapter in layer.adapters
-    }
 
 
 def save(config: AdapterConfig, options: dict[str, Any], folder: Path) -> None:
@@ -51,7 +42,7 @@ def save(config: AdapterConfig, options: dict[str, Any], folder: Path) -> None:
     if (folder / TENSOR_FILE).is_file():
         _mend(folder / TENSOR_FILE, config, model, adapter, layers)
     named = {module["name"]: module for module in modules}
-    method = FILE_METHODS[config.method.upper()]
+    method = FILE_METHODS[config.method]
     write_config(folder, Description(folder / CONFIG_FILE, method, options, config.save_basis, named).contents())
 
 
@@ -100,7 +91,7 @@ def _mend(
     path: Path, config: AdapterConfig, model: nn.Module, adapter: str, layers: Mapping[str, AdapterLayer]
 ) -> None:
     """Make the file hold what it should, if it does not: PEFT 0.18 writes all adapters' tensors into each file."""
-    method = FILE_METHODS[config.method.upper()]
+    method = FILE_METHODS[config.method]
     kinds = (*method.values, *(("U", "V") if config.save_basis else ()))
     own = {method.key(name, kind) for name in layers for kind in kinds}
     biases = _biases(config, model, layers)
@@ -117,4 +108,4 @@ def _mend(
         new.replace(path)
 
 
-__all__ = ["layers_of", "save"]
+__all__ = ["save"]

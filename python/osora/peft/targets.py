@@ -9,7 +9,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer, check_target_module_exists
 from torch import nn
 
 from osora.config import ALL_LINEAR
-from osora.model.state import osora_layers
+from osora.model.state import all_layers
 from osora.model.targets import (
     bypassed,
     check_has_values,
@@ -53,7 +53,7 @@ class Surroundings:
         Raises:
             ValueError: it has adapters of the native API.
         """
-        if own := osora_layers(model):
+        if own := all_layers(model):
             raise ValueError(
                 f"{next(iter(own))} has an adapter by osora.attach or osora.load_adapter, which PEFT would neither "
                 "train nor save: call osora.detach(model) first, or stay with the native API (osora.add_adapter)"

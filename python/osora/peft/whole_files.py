@@ -79,10 +79,10 @@ def _whole(save_pretrained: Callable[..., None]) -> Callable[..., None]:
     return save
 
 
-def install() -> None:
+def save_whole_files() -> None:
     """Have ``PeftModel.save_pretrained`` do so; adapters of other methods are saved as before."""
     if not hasattr(PeftModel.save_pretrained, _MARK):
         PeftModel.save_pretrained = _whole(PeftModel.save_pretrained)  # type: ignore[method-assign]
 
 
-__all__ = ["install"]
+__all__ = ["save_whole_files"]

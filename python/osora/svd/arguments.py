@@ -11,8 +11,8 @@ from osora.reference import FLOATS
 from osora.svd.certificate import Unconverged
 
 # SvdMethod of csrc/core/svd_plan.h, in order. The last five are cuSOLVER's drivers and, as "lowrank", for comparison.
-METHODS_USED = ("lanczos", "gram", "full", "lowrank", "gesvd", "gesvdj", "gesvdp", "gesvda", "gesvdr")
-SVD_METHODS = ("auto", *METHODS_USED)
+METHOD_NAMES = ("lanczos", "gram", "full", "lowrank", "gesvd", "gesvdj", "gesvdp", "gesvda", "gesvdr")
+SVD_METHODS = ("auto", *METHOD_NAMES)
 
 
 def check_dtype(dtype: torch.dtype, name: str) -> None:

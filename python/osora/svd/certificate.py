@@ -75,28 +75,33 @@ class Decomposition:
         )
 
 
-def _reason(item: Decomposition, tol: float) -> tuple[str, str]:
+def _reason(item: Decomposition, tol: float, else_use: str) -> tuple[str, str]:
     """What keeps a decomposition from its certificate, and the cure."""
     limits = torch.where(item.below_floor, 1.0, tol)
     missed = (~(item.residuals <= limits)).nonzero().squeeze(1)
     if not len(missed):
-        return "a larger singular value than its last was seen, or a solver failed", "use method='full' or another seed"
+        return "a larger singular value than its last was seen, or a solver failed", f"use {else_use} or another seed"
     first, worst = int(missed[0]), int(missed[item.residuals[missed].argmax()])
     residual, sigma = float(item.residuals[worst]), float(item.S[worst])
     where = f"residual {residual:.1e} at triplet {worst + 1} of {len(item.S)}"
     if not residual * max(sigma, item.floor) <= item.floor:
-        return f"{where} after {item.passes} passes", "use method='full' or a larger tol"
+        return f"{where} after {item.passes} passes", f"use {else_use} or a larger tol"
     cures = [f"a rank of at most {first}"] * (first > 0) + ["a larger tol"]
     cures += ["float64 weights"] * (item.S.dtype != torch.float64)
     rounding = f"rounding to {str(item.S.dtype).removeprefix('torch.')} may leave {item.floor / sigma:.1e} there"
     return f"{where}, {rounding}", f"use {' or '.join(cures)}"
 
 
-def report_failure(failed: list[Decomposition], tol: float, unconverged: Unconverged, stacklevel: int) -> None:
-    """Warn or raise ConvergenceError, naming the matrices, if any of them reached no certificate of ``tol``."""
+def report_failure(
+    failed: list[Decomposition], tol: float, unconverged: Unconverged, stacklevel: int, else_use: str = "method='full'"
+) -> None:
+    """Warn or raise ConvergenceError, naming the matrices, if any of them reached no certificate of ``tol``.
+
+    ``else_use`` is what the caller could have asked for instead.
+    """
     if not failed:
         return
-    reasons = [(item.name or "weight", *_reason(item, tol)) for item in failed[:5]]
+    reasons = [(item.name or "weight", *_reason(item, tol, else_use)) for item in failed[:5]]
     worst = "; ".join(f"{name} ({why}: {cure})" for name, why, cure in reasons)
     more = f"; and {len(failed) - 5} more" if len(failed) > 5 else ""
     message = f"the truncated SVD reached no certificate of tol={tol:g} for {worst}{more}"

@@ -8,7 +8,7 @@ import torch
 
 from osora import _load  # noqa: F401  (its import registers the operators)
 from osora.reference import accumulate_dtype
-from osora.svd.arguments import METHODS_USED, check_dtype, check_rank_and_method
+from osora.svd.arguments import METHOD_NAMES, check_dtype, check_rank_and_method
 
 _ops = torch.ops.osora
 
@@ -35,7 +35,7 @@ def svd_plan(
     device: torch.device | str = "cpu",
     method: str = "auto",
 ) -> SvdPlan:
-    """What :func:`truncated_svd` will do with a matrix, before there is one.
+    """What :func:`osora.truncated_svd` will do with a matrix, before there is one.
 
     A function of its arguments and of ``torch.get_num_threads()``; nothing is allocated, and the device need not exist.
 
@@ -44,7 +44,7 @@ def svd_plan(
         rank: number of triplets, 1 .. min(d, k).
         dtype: of the weight.
         device: of the weight.
-        method: as for :func:`truncated_svd`.
+        method: as for :func:`osora.truncated_svd`.
 
     Returns:
         method, block, keep, basis, bytes: of the first attempt. One that cannot be certified is repeated in float64.
@@ -59,9 +59,9 @@ def svd_plan(
     check_rank_and_method((d, k), rank, method, f"a weight [{d}, {k}]")
     cuda = torch.device(device).type == "cuda"
     used, block, keep, basis, size = _ops.svd_plan(d, k, rank, dtype.itemsize, method, cuda, torch.get_num_threads())
-    if METHODS_USED[used] != "lanczos":
+    if METHOD_NAMES[used] != "lanczos":
         block = keep = basis = 0
-    return SvdPlan(METHODS_USED[used], block, keep, basis, size)
+    return SvdPlan(METHOD_NAMES[used], block, keep, basis, size)
 
 
 def rounding_floor(shape: Sequence[int], dtype: torch.dtype) -> float:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The truncated SVD and what is kept of it. The method and its certificate: docs/svd.md."""
+"""The truncated SVD, of one matrix or many. The method and its certificate: docs/svd.md."""
 
 import hashlib
 from collections.abc import Sequence
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from osora import _load  # noqa: F401  (its import registers the operators)
 from osora.reference import accumulate_dtype
-from osora.svd.arguments import METHODS_USED, check_arguments, check_matrix, check_max_memory, check_unconverged
+from osora.svd.arguments import METHOD_NAMES, check_arguments, check_matrix, check_max_memory, check_unconverged
 from osora.svd.certificate import Decomposition, Unconverged, report_failure
 
 operators = torch.ops.osora
@@ -54,7 +54,7 @@ class _Found(NamedTuple):
     residuals: Tensor  # [B, r] float64
     converged: Tensor  # [B] bool
     passes: Tensor  # [B] int64
-    method: Tensor  # [B] int64, an index of METHODS_USED
+    method: Tensor  # [B] int64, an index of METHOD_NAMES
     columns: Tensor  # [B] int64
     norm: Tensor  # [B] float64
     floor: Tensor  # [B] float64
@@ -76,7 +76,7 @@ class _Found(NamedTuple):
         """One by one."""
         numbers = (self.converged, self.passes, self.method, self.columns, self.norm, self.floor)
         return [
-            Decomposition(name, U, S, V, residuals, converged, passes, METHODS_USED[used], columns, norm, floor)
+            Decomposition(name, U, S, V, residuals, converged, passes, METHOD_NAMES[used], columns, norm, floor)
             for name, U, S, V, residuals, converged, passes, used, columns, norm, floor in zip(
                 names, *self[:4], *(number.tolist() for number in numbers), strict=True
             )
@@ -150,11 +150,13 @@ def decompose(
     method: str = "auto",
     max_memory: int | None = None,
     unconverged: Unconverged = "warn",
+    else_use: str = "method='full'",
 ) -> list[Decomposition]:
     """Truncated SVDs of matrices [d, k] of one shape, dtype and device; see :func:`truncated_svd`.
 
     ``names`` key the random streams: a matrix gives the same factors alone, in any batch and on any rank of a
-    distributed job. Messages about a weight call it by its label, which is its name if ``labels`` are not given.
+    distributed job. Messages about a weight call it by its label, which is its name if ``labels`` are not given, and
+    where no certificate was reached name ``else_use`` as a cure.
     """
     check_max_memory(max_memory)
     check_unconverged(unconverged)
@@ -167,7 +169,7 @@ def decompose(
     if not weights:
         return []
     found = _run(weights, rank, names, labels, tol, seed, method, max_memory).matrices(names)
-    report_failure([item for item in found if not item.converged], tol, unconverged, stacklevel=4)
+    report_failure([item for item in found if not item.converged], tol, unconverged, 4, else_use)
     return found
 
 
@@ -198,8 +200,8 @@ def truncated_svd(
             with a certificate and no second attempt: "lowrank" (subspace iteration with q = rank and 16 iterations,
             as PEFT's pissa_niter_16) and, for CUDA tensors, cuSOLVER's "gesvd", "gesvdj", "gesvdp", "gesvda", "gesvdr".
         max_memory: bytes that may be taken beyond the weight and the answer, None for no limit; see
-            :func:`svd_plan`. Fewer matrices of a batch are in work at the same time if need be. It bounds the arrays of
-            the first attempt: a repeat in float64, or in full, takes more.
+            :func:`osora.svd_plan`. Fewer matrices of a batch are in work at the same time if need be. It bounds the
+            arrays of the first attempt: a repeat in float64, or in full, takes more.
         name: the matrix's name, for messages and for its random stream.
         unconverged: "warn" or "raise" when a certificate is not reached.
 
@@ -223,7 +225,7 @@ def truncated_svd(
     names = [name] * len(matrices)
     if matrices:
         found = _run(matrices, rank, names, [label] * len(matrices), tol, seed, method, max_memory)
-        report_failure(found.failed(names), tol, unconverged, stacklevel=3)
+        report_failure(found.failed(names), tol, unconverged, 3)
     else:  # a batch of none
         found = _Found.empty(weight, 0, d, k, rank)
     return TruncatedSVD(
