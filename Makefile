@@ -65,7 +65,7 @@ unit: prepare
 	echo "-- pytest"
 	[ "$(EMULATION)" = 0 ] || export OSORA_EMULATION_DIR=$(BUILD)/tests/emulation OSORA_REQUIRE_EMULATION=1
 	export OSORA_REQUIRE_NVCC=$$($(PY) -c 'import osora; print(int(osora.build_info()["cuda"]))')
-	OMP_NUM_THREADS=1 $(PY) -m pytest -n $(JOBS) --dist worksteal $(if $(filter 0,$(EMULATION)),--ignore=tests/project/test_emulation.py) $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive $(PY) -m pytest -n $(JOBS) --dist worksteal $(if $(filter 0,$(EMULATION)),--ignore=tests/project/test_emulation.py) $(PYTEST_ARGS)
 
 lint: $(STAMPS)/strict $(STAMPS)/test
 	echo "-- ruff, clang-format, mypy"
@@ -93,7 +93,7 @@ ROUNDING_TESTS := $(addprefix tests/svd/test_,values.py certificates.py argument
 ROUNDING_CASES := not (no_more_memory_is_taken or an_error_in_a_worker_thread)
 
 rounding: prepare
-	export OSORA_EMULATION_DIR=$(BUILD)/tests/emulation OSORA_REQUIRE_EMULATION=1 OMP_NUM_THREADS=1
+	export OSORA_EMULATION_DIR=$(BUILD)/tests/emulation OSORA_REQUIRE_EMULATION=1 OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive
 	for seed in $(SEEDS); do
 	  echo "-- the SVD, rounded by seed $$seed"
 	  OSORA_ROUNDING=$$seed $(PY) -m pytest -q --no-header -n $(JOBS) --dist worksteal $(ROUNDING_TESTS) -k "$(ROUNDING_CASES)"
@@ -108,7 +108,7 @@ CAPABILITY_TESTS := $(addprefix tests/ops/test_,cpu_paths.py fold.py linear.py l
 CAPABILITY_CASES := not (emulated or cuda or reference or compile or opcheck or saves or memory or refused or plan or worker_thread)
 
 capabilities: $(STAMPS)/strict $(STAMPS)/test
-	export OMP_NUM_THREADS=1 MKL_ENABLE_INSTRUCTIONS=AVX2 ONEDNN_MAX_CPU_ISA=AVX2
+	export OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive MKL_ENABLE_INSTRUCTIONS=AVX2 ONEDNN_MAX_CPU_ISA=AVX2
 	for capability in $(CAPABILITIES); do
 	  echo "-- capability $$capability"
 	  export ATEN_CPU_CAPABILITY=$$capability

@@ -209,11 +209,10 @@ def test_a_new_tensor_at_an_old_address_is_not_the_old_one(name):
 
 def test_versions_that_meet_again():
     """Two os in turn, at the same version: what was kept of one is not taken for the other's."""
-    case = linear_case((3,), bias=False)
-    first, second = torch.randn(20), torch.randn(20)
-    for o in (first, second, first, second):
+    case, both = linear_case((3,), bias=False), (torch.randn(20), torch.randn(20))
+    for o in both * 2:
         check_effective(effective(case.replace(o=o)), case.replace(o=o))
-    assert [len(materialised.kept_weights(case.weight, o)) for o in (first, second)] == [1, 1]
+    assert [len(materialised.kept_weights(case.weight, o)) for o in both] == [1, 1]
 
 
 def test_optimisers_are_seen():
