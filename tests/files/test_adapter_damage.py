@@ -346,8 +346,8 @@ def test_a_disk_that_is_full(saved, tmp_path):
     pytest.importorskip("resource", reason="this system has no limit of a file's size")
     before = {path.name: path.read_bytes() for path in saved.iterdir()}
     program = """
-import resource, sys, adapters, osora
-model = adapters.adapted(r=8)
+import resource, sys, saved_adapters, osora
+model = saved_adapters.adapted(r=8)
 resource.setrlimit(resource.RLIMIT_FSIZE, (4096, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
 try:
     osora.save_adapter(model, sys.argv[1])

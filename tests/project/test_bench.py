@@ -13,6 +13,8 @@ from benches import BENCH, assert_complete, only_result, quick
 
 import osora
 
+pytestmark = pytest.mark.filterwarnings("default")  # of PEFT and transformers, our peers
+
 # -- step.py -----------------------------------------------------------------------------------------------------------
 
 

@@ -21,6 +21,8 @@ import osora
 from osora.model import decompose
 from osora.model.targets import find_targets
 
+pytestmark = pytest.mark.filterwarnings("default")  # of PEFT and transformers, our peers
+
 # -- init.py -----------------------------------------------------------------------------------------------------------
 
 

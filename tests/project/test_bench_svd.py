@@ -17,6 +17,8 @@ from benches import (
     spoil_with_nan,
 )
 
+pytestmark = pytest.mark.filterwarnings("default")  # of PEFT and transformers, our peers
+
 
 def svd_quick(output, *more):
     return ["--preset", "quick", "--threads", "1", "--output", str(output), *more]

@@ -13,7 +13,6 @@ for package in ("peft", "rich", "transformers"):
     pytest.importorskip(package)
 
 BENCH = ROOT / "bench"
-pytestmark = pytest.mark.filterwarnings("default")  # of PEFT and transformers, our peers
 
 
 def quick(output, *more):

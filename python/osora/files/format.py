@@ -224,21 +224,22 @@ def described(config: Mapping[str, Any], path: Path) -> Description:
 
 def _check_module(path: Path, module: Any) -> None:
     name = module.get("name") if isinstance(module, dict) else None
-    which = f"{path}: module {name}" if isinstance(name, str) else f"{path}: a module"
+    which = f" (that of {name})" if isinstance(name, str) else ""
     for key, kind in _MODULE_FIELDS.items():
         value = module.get(key) if isinstance(module, dict) else None
         if not isinstance(value, kind) and not (kind is float and isinstance(value, int)):
-            raise AdapterError(f"{which}: its {key} is missing or no {kind.__name__}")
+            raise AdapterError(f"{path}: a module's {key} is missing or no {kind.__name__}{which}")
         if kind is float and not _is_size(value):
-            raise AdapterError(f"{which}: its {key} must be a finite number from 0 on")
+            raise AdapterError(f"{path}: a module's {key} must be a finite number from 0 on{which}")
         if kind is list and not _is_sketch(value):
-            raise AdapterError(f"{which}: its {key} must be {fingerprint.PROBES} finite numbers")
+            raise AdapterError(f"{path}: a module's {key} must be {fingerprint.PROBES} finite numbers{which}")
         if key in _SIZES and module[key] < 1:
-            raise AdapterError(f"{which}: its {key} must be at least 1, got {module[key]}")
+            raise AdapterError(f"{path}: a module's {key} must be at least 1, got {module[key]}{which}")
     if module["dtype"] not in DTYPES:
-        raise AdapterError(f"{which}: its dtype must be one of {', '.join(DTYPES)}, got {module['dtype']!r}")
+        allowed = ", ".join(DTYPES)
+        raise AdapterError(f"{path}: a module's dtype must be one of {allowed}, got {module['dtype']!r}{which}")
     if not isinstance(module.get("quantization", ""), str):
-        raise AdapterError(f"{which}: its quantization must be a str")
+        raise AdapterError(f"{path}: a module's quantization must be a str{which}")
 
 
 def method_options(description: Description, known: set[str]) -> dict[str, Any]:

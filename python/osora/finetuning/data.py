@@ -141,5 +141,5 @@ def encode_all(tokenizer: Any, rows: Sequence[Row], max_length: int, kind: str) 
     """(examples, number of rows left out because they are too long)."""
     examples = [example for row in rows if (example := encode(tokenizer, row, max_length)) is not None]
     if not examples:
-        raise DataError(f"all {len(rows)} {kind} rows are longer than max_length {max_length}: raise it")
+        raise DataError(f"all {len(rows)} {kind} rows are longer than --max-length {max_length}; raise it")
     return examples, len(rows) - len(examples)
