@@ -180,17 +180,17 @@ class AdaptedLinear(KeepsBase):
         """The method of one of :meth:`adapters`."""
         return self._formulas[name]
 
-    def _key(self, kind: str, name: str) -> str:
-        return kind if name == self.adapter else f"{kind}@{name}"
+    def _tensors(self, name: str, kinds: tuple[str, ...]) -> tuple[nn.Parameter, ...]:
+        of = "" if name == self.adapter else f"@{name}"
+        return tuple([getattr(self, kind + of) for kind in kinds])
 
     def deltas(self, name: str) -> tuple[nn.Parameter, ...]:
         """The tensors of one of :meth:`adapters`, in the order of its formula's kinds."""
-        return tuple(getattr(self, self._key(kind, name)) for kind in self._formulas[name].kinds)
+        return self._tensors(name, self._formulas[name].kinds)
 
     def trained(self, name: str) -> tuple[nn.Parameter, ...]:
         """Those of :meth:`deltas` that are trained."""
-        formula = self._formulas[name]
-        return tuple(getattr(self, self._key(kind, name)) for kind in formula.kinds if kind in formula.trained)
+        return self._tensors(name, self._formulas[name].trained)
 
     def penalised(self, name: str) -> list[tuple[nn.Parameter, Tensor]]:
         """The factors of one of :meth:`adapters` that a penalty keeps orthonormal: change and start, both [m, r]."""

@@ -19,6 +19,7 @@ class BaseWeight(NamedTuple):
     stored: torch.dtype
     """The dtype of the matrix that :func:`dense_weight` gives: float32 for a quantised one."""
     device: torch.device
+    quantised: bool = False
 
     @property
     def numel(self) -> int:
@@ -47,7 +48,7 @@ def is_quantised(module: Any) -> bool:
 def base_weight(module: Any) -> BaseWeight:
     """What the weight is; cheap."""
     if (kind := kind_of(module)) is not None:
-        return BaseWeight(kind.shape(module), kind.dtype(module), torch.float32, module.weight.device)
+        return BaseWeight(kind.shape(module), kind.dtype(module), torch.float32, module.weight.device, quantised=True)
     weight = oriented_weight(module)
     d, k = weight.shape
     return BaseWeight((d, k), weight.dtype, weight.dtype, weight.device)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from osora.config import AdapterConfig
-from osora.layers.base_weight import dense_weight, is_quantised, oriented_weight
+from osora.layers.base_weight import dense_weight, oriented_weight
 from osora.model.targets import Target
 from osora.reference import accumulate_dtype
 from osora.svd.arguments import check_matrix, check_max_memory
@@ -42,7 +42,7 @@ def batch_size(target: Target, free: int | None) -> int:
     if free is None:
         return max(1, _CPU_ENTRIES // weight.numel)
     each = (d + k + 1) * target.rank * accumulate_dtype(weight.stored).itemsize
-    if is_quantised(target.module):
+    if weight.quantised:
         each += weight.numel * weight.stored.itemsize  # its matrix, made for the call
     return max(1, free // _CARD_SHARE // each)
 
@@ -83,7 +83,7 @@ def decompose_targets(
 
     check_max_memory(max_memory)
     for target in targets:  # all of them before any work
-        if not is_quantised(target.module):
+        if not target.weight.quantised:
             check_matrix(oriented_weight(target.module), f"{target.name}.weight")
         if max_memory is not None:
             _check_fits(target, max_memory)

@@ -3,8 +3,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from contextvars import ContextVar
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +22,20 @@ from osora.peft.layer import AdapterLayer, layers_of
 
 if TYPE_CHECKING:
     from osora.peft.config import AdapterConfig
+
+
+_listening: ContextVar[dict[Path, Description] | None] = ContextVar("listening", default=None)
+
+
+@contextmanager
+def descriptions_written() -> Iterator[dict[Path, Description]]:
+    """Within it, what :func:`save` has written, by its folder."""
+    found: dict[Path, Description] = {}
+    before = _listening.set(found)
+    try:
+        yield found
+    finally:
+        _listening.reset(before)
 
 
 def save(config: AdapterConfig, options: dict[str, Any], folder: Path) -> None:
@@ -43,7 +59,10 @@ def save(config: AdapterConfig, options: dict[str, Any], folder: Path) -> None:
         _mend(folder / TENSOR_FILE, config, model, adapter, layers)
     named = {module["name"]: module for module in modules}
     method = FILE_METHODS[config.method]
-    write_config(folder, Description(folder / CONFIG_FILE, method, options, config.save_basis, named).contents())
+    description = Description(folder / CONFIG_FILE, method, options, config.save_basis, named)
+    write_config(folder, description.contents())
+    if (found := _listening.get()) is not None:
+        found[folder] = description
 
 
 def _check(name: str, layer: AdapterLayer, adapter: str) -> None:

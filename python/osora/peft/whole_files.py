@@ -17,10 +17,11 @@ from typing import Any
 from peft import PeftModel
 
 from osora.files.card import CARD_FILE, keep_card
-from osora.files.format import CONFIG_FILE, read_description
-from osora.files.info import config_of, info_of
+from osora.files.format import CONFIG_FILE
+from osora.files.info import info_of
 from osora.files.whole import finish
 from osora.peft.config import AdapterConfig
+from osora.peft.saving import descriptions_written
 
 _MARK = "_osora_whole_files"
 
@@ -57,21 +58,21 @@ def _whole(save_pretrained: Callable[..., None]) -> Callable[..., None]:
             return save_pretrained(*args, **kwargs)  # which refuses, or writes nothing
         folder.mkdir(parents=True, exist_ok=True)
         places = {
-            "" if name == "default" else name
+            "" if name == "default" else name: config
             for name, config in zip(configs if names is None else names, chosen, strict=True)
             if isinstance(config, AdapterConfig)
         }
         with tempfile.TemporaryDirectory(prefix=".saving.", dir=folder) as made:
             new = Path(made)
-            cards = {place for place in places | {""} if (folder / place / CARD_FILE).is_file()}
+            cards = {place for place in {*places, ""} if (folder / place / CARD_FILE).is_file()}
             for place in cards:
                 (new / place).mkdir(parents=True, exist_ok=True)
                 shutil.copyfile(folder / place / CARD_FILE, new / place / CARD_FILE)
             options["save_directory"] = made
-            save_pretrained(*given.args, **given.kwargs)
-            for place in places:
-                description = read_description(new / place)
-                info = info_of(new / place, description, config_of(description))
+            with descriptions_written() as written:
+                save_pretrained(*given.args, **given.kwargs)
+            for place, config in places.items():
+                info = info_of(new / place, written[new / place], config.native())
                 keep_card(info, with_peft=True, add_section=place not in cards)
             _rename(new, folder)
 
