@@ -20,7 +20,7 @@ import layers
 import measure
 import models
 import torch
-from measure import Refused, console, interleaved, show_ratio, show_seconds
+from measure import Refused, interleaved, show_ratio, show_seconds
 from torch import Tensor
 
 from osora import ops
@@ -34,7 +34,6 @@ ABOUT = {
     "gathered": "plain torch, op by op",
     "lora": f"PEFT LoRA, {ADAPTERS} adapters",
 }
-ABSENT = "not in this build: osora.ops has no linear_multi"
 TOLERANCE = {"float32": 3e-5, "bfloat16": 1.5e-2, "float16": 2e-3}  # of a row, relative; reasons in linear.py
 OF_PLAIN_TORCH = 5
 
@@ -63,23 +62,17 @@ def error(found: Tensor, true: Tensor) -> float:
 
 def run(dtype: str, options: argparse.Namespace) -> list[dict[str, Any]]:
     """All shapes and ranks in one dtype; what cannot be measured says why."""
-    together = getattr(ops, "linear_multi", None)
-    if together is None:
-        console.print(f"Many adapters in one batch: {ABSENT}.")
-        return [{"dtype": dtype, "absent": ABSENT}]
     found = []
     for d, k in options.multi_shapes:
         for rank in options.multi_ranks:
             shape = layers.Shape("given", d, k, False)
             basis = layers.make_basis(shape, rank, models.DTYPES[dtype], options.device, options.seed)
             with torch.no_grad():
-                found.append(run_case(dtype, basis, rank, together, options))
+                found.append(run_case(dtype, basis, rank, options))
     return found
 
 
-def run_case(
-    dtype: str, basis: layers.Basis, rank: int, together: Callable[..., Tensor], options: argparse.Namespace
-) -> dict[str, Any]:
+def run_case(dtype: str, basis: layers.Basis, rank: int, options: argparse.Namespace) -> dict[str, Any]:
     """Make, check, time, show."""
     generator = torch.Generator().manual_seed(options.seed)
     weight = basis.linear.weight
@@ -98,7 +91,7 @@ def run_case(
     calls: dict[str, Callable[[], Tensor]] = {
         "frozen": lambda: basis.linear(x),
         "one": lambda: alone(x, 0),
-        "multi": lambda: together(x, weight, None, *frozen_factors, s, o, index),
+        "multi": lambda: ops.linear_multi(x, weight, None, *frozen_factors, s, o, index),
         "in-turn": lambda: torch.cat([alone(x[row : row + 1], number) for row, number in enumerate(names)]),
         "gathered": lambda: gathered(x, weight, *frozen_factors, s, o, index),
     }

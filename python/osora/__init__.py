@@ -26,7 +26,7 @@ from osora.model.attach import attach, detach, disabled
 from osora.model.cost import Estimate, Machine, estimate
 from osora.model.execution import refresh, set_execution
 from osora.model.merge import merge, unmerge
-from osora.model.numbers import ModuleCount, ParameterCount, Summary, count_parameters, summary
+from osora.model.numbers import ModuleCount, ModuleSummary, ParameterCount, Summary, count_parameters, summary
 from osora.model.parameters import adapter_parameters, parameter_groups
 from osora.model.sharing import share_base
 from osora.model.state import adapted_layers
@@ -49,6 +49,7 @@ __all__ = [
     "MergedFolder",
     "ModuleCheck",
     "ModuleCount",
+    "ModuleSummary",
     "OsoraConfig",
     "ParameterCount",
     "SavedModule",

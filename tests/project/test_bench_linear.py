@@ -208,9 +208,7 @@ def plain_multi(x, weight, bias, U, V, S0, s, o, index, ranks=None):
     return torch.stack([ops.linear(row, weight, bias, U, V, S0, a, b) for row, a, b in rows])
 
 
-def test_many_adapters_are_checked_and_compared(bench, tmp_path, monkeypatch, capsys):
-    if not hasattr(ops, "linear_multi"):
-        monkeypatch.setattr(ops, "linear_multi", plain_multi, raising=False)
+def test_many_adapters_are_checked_and_compared(bench, tmp_path, capsys):
     assert bench("linear").main(quick(tmp_path, *ONE[:-2], *MULTI)) == 0
     found = only_result(tmp_path)["multi"]
     assert [(part["dtype"], part["d"], part["k"], part["rank"], part["adapters"]) for part in found] == [
@@ -234,19 +232,11 @@ def test_many_adapters_are_checked_and_compared(bench, tmp_path, monkeypatch, ca
     ids=["rows", "index", "one adapter for all"],
 )
 def test_rows_of_a_wrong_adapter_are_refused(bench, tmp_path, capsys, monkeypatch, wrong):
-    monkeypatch.setattr(ops, "linear_multi", wrong, raising=False)
+    monkeypatch.setattr(ops, "linear_multi", wrong)
     monkeypatch.setattr(bench("multi"), "interleaved", lambda *a, **k: pytest.fail("it was timed"))
     assert bench("linear").main(quick(tmp_path, *ONE, *MULTI)) == 1
     assert "osora's answer (osora, 64 adapters) is off by" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
-
-
-def test_what_is_not_in_this_build_is_said(bench, tmp_path, capsys, monkeypatch):
-    monkeypatch.delattr(ops, "linear_multi", raising=False)
-    assert bench("linear").main(quick(tmp_path, *ONE, *MULTI)) == 0
-    (part,) = only_result(tmp_path)["multi"]
-    assert part == {"dtype": "float32", "absent": "not in this build: osora.ops has no linear_multi"}
-    assert "not in this build" in capsys.readouterr().out
 
 
 # -- arguments -------------------------------------------------------------------------------------------------------
