@@ -117,12 +117,13 @@ capabilities: $(STAMPS)/strict $(STAMPS)/test
 	done
 
 # The tests of osora.peft under the oldest PEFT that is supported and one in between; `make test` runs them under the newest.
+# ALSO: other slow tests, to run beside them.
 PEFT_VERSIONS := 0.18.1 0.20.0
 PEFT_FOLDERS := $(PEFT_VERSIONS:%=build/peft-%)
 
 peft-versions: $(PEFT_FOLDERS:%=%/.done)
 	export OSORA_PEFT_FOLDERS=$(subst $(eval ) ,:,$(PEFT_FOLDERS:%=$(CURDIR)/%))
-	$(MAKE) unit PYTEST_ARGS="-m slow tests/peft/test_peft_versions.py"
+	$(MAKE) unit PYTEST_ARGS="-m slow tests/peft/test_peft_versions.py $(ALSO)"
 
 build/peft-%/.done: $(STAMPS)/test
 	rm -rf $(@D)

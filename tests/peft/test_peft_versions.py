@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from root import ROOT
 
 FOLDERS = [folder for folder in os.environ.get("OSORA_PEFT_FOLDERS", "").split(os.pathsep) if folder]
 HERE = Path(__file__).parent
@@ -34,5 +35,5 @@ def test_under_another_version(folder):
     found = subprocess.run([sys.executable, "-c", which], env=environment, capture_output=True, text=True, check=True)
     assert Path(found.stdout.strip()).is_relative_to(Path(folder).resolve()), f"{folder} holds no PEFT"
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *(str(HERE / name) for name in FILES)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, cwd=HERE.parent)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, cwd=ROOT)
     assert done.returncode == 0, done.stdout[-6000:]
