@@ -16,7 +16,8 @@
 # bench/results/gpu-DATE) as it comes, in at most 8 files for both plans: log.txt (stages, limits, seconds, the
 # machine), build.txt, smoke.txt, tests.txt, sanitizer.txt, performance.txt, results.jsonl (a line for each check and
 # case) and report.json, written anew around each stage. So whoever kills this loses only what was not yet found.
-# Exit code: 0 all stages passed, 1 one failed, 2 wrong words, 3 one was cut or skipped and none failed.
+# Exit code: 0 all stages passed, 1 one failed, 2 wrong words, 3 one was cut or skipped and none failed, or there is no
+# card.
 set -uo pipefail
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
@@ -212,8 +213,8 @@ stage() {  # stage NAME: run it under its limit, log and report, whatever become
   running=""
   state=failed
   ((rc == 0)) && state=passed
-  # timeout's own codes; whoever is ended by somebody else before the limit has failed
   ((rc == absent)) && state=skipped
+  # timeout's own codes; whoever is ended by somebody else before the limit has failed
   if ((rc == 124 || (rc == 137 && SECONDS - began >= limit))); then state=cut; fi
   case $state in
     failed) failed=1 ;;

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections import namedtuple
 from pathlib import Path
 
 import pytest
@@ -40,6 +41,7 @@ SANITIZER = """#!/bin/bash
 printf '%s\\037' sanitizer "$@" >> "$CALLS"
 printf '\\n' >> "$CALLS"
 """
+Choice = namedtuple("Choice", "nvcc reason")
 needs_no_card = pytest.mark.skipif(torch.cuda.is_available(), reason="for machines without a GPU")
 
 
@@ -258,6 +260,31 @@ def test_smoke_calls_every_operator():
     assert len(operators) > 10
     for name in operators:
         assert re.search(rf"\b(op|osora)\.{name}\(", smoke), name
+
+
+def test_the_build_asks_cmake_and_nothing_else(bench, monkeypatch, tmp_path, capsys):
+    gpu_build, calls = bench("gpu_build"), []
+    monkeypatch.setenv("OSORA_CUDA", "0")
+    monkeypatch.setattr(gpu_build, "tool", lambda name: f"the {name}")
+    monkeypatch.setattr(gpu_build.subprocess, "run", lambda words, check: calls.append([str(word) for word in words]))
+    gpu_build.build(tmp_path / "a folder", "cpu")
+    configure, compile_all, install = calls
+    assert [words[0] for words in calls] == ["the cmake"] * 3
+    assert {f"-DOSORA_TORCH_VERSION={torch.__version__}", "-DOSORA_CUDA=OFF", "Ninja"} <= set(configure)
+    assert {word.partition("=")[0].removeprefix("-D") for word in configure if word.startswith("-DOSORA")} <= set(
+        re.findall(r"OSORA_\w+", (ROOT / "CMakeLists.txt").read_text(encoding="utf-8"))
+    )
+    assert compile_all[-4:-1] == ["--target", "_C", "--parallel"] and install[1] == "--install"
+    package = tmp_path / "a folder/site/osora"
+    assert install[-1] == str(package) and (package / "__init__.py").exists()
+    assert not [*package.rglob("*.so"), *package.rglob("_compiled_for.py"), *package.rglob("__pycache__")]
+    # For a card it is CUDA or nothing, whatever else was wished for.
+    monkeypatch.setattr(gpu_build, "choose", lambda *words: Choice("the nvcc", words[-1]["OSORA_CUDA"]))
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "9.0")
+    options = gpu_build.definitions("cuda")
+    assert (options["OSORA_REASON"], options["CMAKE_CUDA_COMPILER"]) == ("1", "the nvcc")
+    assert (options["OSORA_CUDA"], options["OSORA_CUDA_ARCHS"]) == ("ON", "9.0")
+    assert "without CUDA" in capsys.readouterr().out
 
 
 def rehearse(plan: str, output: Path, stages: list[str]) -> tuple[int, dict]:
