@@ -4,8 +4,8 @@
   python bench/gpu_profile.py [svd] [layer] [--device cuda|cpu]
 
 Times by events, a layer's also from a captured graph, where the host counts for nothing; then the kernels that take
-most. The smallest questions come first, so that a run that is cut has answered some. --device cpu is a rehearsal on
-tiny sizes: that it runs, no figure.
+most. What matters most comes first, so that a run that is cut has answered that. --device cpu is a rehearsal on tiny
+sizes: that it runs, no figure.
 """
 
 import argparse
@@ -29,12 +29,12 @@ import osora
 from osora import ops
 
 KERNELS = 20  # lines of a table
-# For a card, and for a rehearsal.
+# For a card, what matters most first, and for a rehearsal.
 SHAPES = {"cuda": [(4096, 4096), (1024, 4096), (11008, 4096)], "cpu": [(96, 64)]}
 RANKS = {"cuda": (64, 128), "cpu": (8,)}
 BATCHES = {"cuda": (1, 8, 32), "cpu": (1, 2)}
 LAYERS = {"cuda": [(4096, 4096), (11008, 4096), (4096, 11008)], "cpu": [(96, 64)]}
-ROWS = {"cuda": (512, 8192, 8, 1, 2048), "cpu": (4,)}  # what matters most comes first
+ROWS = {"cuda": (512, 8192, 8, 1, 2048), "cpu": (4,)}
 
 
 ABOUT: dict[str, Any] = {"benchmark": "profile", "gpu": None}
