@@ -1,91 +1,119 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Puts the stages of gpu_check.sh into one JSON: gpu_report.py STAGES_FOLDER OUTPUT REPOSITORY.
+"""What gpu_check.sh has found so far, as one JSON: gpu_report.py FOLDER reads what lies there and writes report.json.
 
-It adds no judgement: return codes, seconds, ends of logs, and the JSON files that the stages themselves wrote.
+It adds no judgement, and needs nothing but Python, so that it can be run around every stage, and by hand on what a
+killed run left. A stage that began and did not end is called unfinished.
 """
 
 import json
 import os
+import re
 import sys
 import tempfile
-from datetime import datetime, timezone
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
-TAIL = 6000  # characters of a log
+ROOT = Path(__file__).resolve().parents[1]
+TAIL = 3000  # characters of a stage's output
+LINES = {
+    "plan": re.compile(r"plan (?P<plan>\w+): (?P<about>.*)"),
+    "begin": re.compile(r"begin (?P<stage>\w+): limit (?P<limit>\d+) s, at (?P<at>\d+) s"),
+    "end": re.compile(r"end (?P<stage>\w+): (?P<state>\w+), rc (?P<rc>\d+), (?P<seconds>\d+) s"),
+    "skipped": re.compile(r"skipped (?P<stage>\w+): (?P<reason>.*)"),
+}
+STATES = ("passed", "failed", "cut", "skipped", "unfinished")
 
 
 def text(path: Path) -> str:
-    return path.read_text(encoding="utf-8", errors="replace").strip() if path.exists() else ""
+    return path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
 
 
-def last_line_json(log: str) -> Any:
-    """What a stage printed as JSON on its last line, or None."""
-    try:
-        return json.loads(log.splitlines()[-1])
-    except (IndexError, ValueError):
-        return None
+def stages(log: str) -> tuple[list[str], list[dict[str, Any]]]:
+    """What each plan said when it began, and the stages in their order, with the lines that they wrote to the log."""
+    plans: list[str] = []
+    found: list[dict[str, Any]] = []
+    plan, running = "", None
+    for line in log.splitlines():
+        kind, match = next(
+            ((kind, match) for kind, form in LINES.items() if (match := form.fullmatch(line.removeprefix("== ")))),
+            (None, None),
+        )
+        if not line.startswith("== ") or not match:
+            if running is not None:
+                running["output"] += line + "\n"
+            continue
+        facts = {key: int(value) if value.isdigit() else value for key, value in match.groupdict().items()}
+        if kind == "plan":
+            plan, running = facts["plan"], None
+            plans.append(f"{plan}: {facts['about']}")
+        elif kind == "end" and running is not None:
+            running |= facts
+            running = None
+        elif kind in ("begin", "skipped"):
+            state = "skipped" if kind == "skipped" else "unfinished"
+            found.append({"plan": plan, "state": state, **facts, "output": ""})
+            running = found[-1] if kind == "begin" else None
+    return plans, found
 
 
-def stage(folder: Path, hidden: dict[str, str]) -> dict[str, Any]:
-    """One stage. No return code: it did not run to its end, or not at all."""
-    log, code, seconds = text(folder / "log"), text(folder / "rc"), text(folder / "seconds")
-    measured = last_line_json(log) if code == "0" else None
-    for path, short in hidden.items():
-        log = log.replace(path, short)
-    record: dict[str, Any] = {
-        "stage": folder.name.partition("-")[2],
-        "command": text(folder / "command"),
-        "rc": int(code) if code else None,
-        "seconds": int(seconds) if seconds else None,
-        "skipped": text(folder / "skipped") or None,
-        "tail": log[-TAIL:],
+def outputs(folder: Path) -> dict[str, list[str]]:
+    """By stage: what it wrote into a text of its own or of several, each time it ran."""
+    found: dict[str, list[str]] = {}
+    for path in sorted(folder.glob("*.txt")):
+        if path.name != "log.txt":
+            for part in re.split(r"^== begin ", text(path), flags=re.MULTILINE)[1:]:
+                name, _, output = part.partition("\n")
+                found.setdefault(name, []).append(output)
+    return found
+
+
+def results(folder: Path) -> list[dict[str, Any]]:
+    """The lines of results.jsonl; one that was cut in its middle is left out."""
+    found = []
+    for line in text(folder / "results.jsonl").splitlines():
+        try:
+            found.append(json.loads(line))
+        except ValueError:
+            continue
+    return [line for line in found if isinstance(line, dict)]
+
+
+def report(folder: Path) -> dict[str, Any]:
+    plans, found = stages(text(folder / "log.txt"))
+    written = outputs(folder)
+    for stage in found:
+        if "limit" in stage and written.get(stage["stage"]):
+            stage["output"] = written[stage["stage"]].pop(0)
+        stage["output"] = stage["output"][-TAIL:]
+    lines = results(folder)
+    cases = [line for line in lines if "case" in line]
+    wrong = [line["case"] for line in cases if line["benchmark"] == "smoke" and not line["case"].get("ok")]
+    machine = next((line["machine"] for line in reversed(lines) if line.get("stage") == "machine"), None)
+    return {
+        "check": "gpu_check",
+        "plans": plans,
+        "gpu": (machine or {}).get("gpu"),
+        "machine": machine,
+        **{state: [stage["stage"] for stage in found if stage["state"] == state] for state in STATES},
+        "cases": dict(Counter(line["benchmark"] for line in cases)),
+        "failed_checks": wrong,
+        "stages": found,
     }
-    for path, short in hidden.items():
-        record["command"] = record["command"].replace(path, short)
-    if isinstance(measured, dict):
-        record["measured"] = measured
-    results = [json.loads(text(path)) for path in sorted(folder.glob("results/*.json"))]
-    return record | ({"results": results} if results else {})
-
-
-def gpu() -> list[str] | None:
-    """The cards that torch can use; None where there is none (or no torch)."""
-    try:
-        import torch
-    except ImportError:
-        return None
-    if not torch.cuda.is_available():
-        return None
-    return [torch.cuda.get_device_name(number) for number in range(torch.cuda.device_count())]
 
 
 def main() -> int:
-    stages, output, repository = (Path(word).resolve() for word in sys.argv[1:4])
-    hidden = {str(stages.parent): "WORK", str(repository): ".", sys.prefix: "PYTHON"}
-    records = [stage(folder, hidden) for folder in sorted(stages.iterdir())]
-    report = {
-        "check": "gpu_check",
-        "date": f"{datetime.now(timezone.utc):%Y-%m-%dT%H:%M:%SZ}",
-        "commit": text(stages.parent / "commit") or None,
-        "gpu": gpu(),
-        "failed": [record["stage"] for record in records if record["rc"] != 0 and not record["skipped"]],
-        "skipped": [record["stage"] for record in records if record["skipped"]],
-        "passed": [record["stage"] for record in records if record["rc"] == 0],
-        "stages": records,
-    }
-    output.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, unfinished = tempfile.mkstemp(dir=output.parent, prefix=".")
+    folder = Path(sys.argv[1]).resolve()
+    content = json.dumps(report(folder), indent=1, ensure_ascii=False)
+    places = ((str(folder), "FOLDER"), (str(ROOT), "."), (sys.prefix, "PYTHON"), (str(Path.home()), "HOME"))
+    for place, short in places:  # where things lay is nobody's business
+        if place not in ("/", "/usr", "/usr/local"):
+            content = content.replace(json.dumps(place, ensure_ascii=False)[1:-1], short)
+    descriptor, unfinished = tempfile.mkstemp(dir=folder, prefix=".")
     with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-        json.dump(report, file, indent=1, ensure_ascii=False)
-        file.write("\n")
+        file.write(content + "\n")
     os.chmod(unfinished, 0o644)
-    os.replace(unfinished, output)
-    for record in records:
-        outcome = f"skipped: {record['skipped']}" if record["skipped"] else f"rc {record['rc']}, {record['seconds']} s"
-        print(f"{record['stage']:12} {outcome}")
-    print(f"GPU: {'; '.join(report['gpu']) if report['gpu'] else 'none, so nothing here says anything about one'}")
-    print(f"written to {output.name}")
+    os.replace(unfinished, folder / "report.json")
     return 0
 
 

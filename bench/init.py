@@ -379,7 +379,11 @@ def main(argv: list[str] | None = None) -> int:
         asked = ("layers", "repetitions", "warm_up", "slow", "quick", "seed")
         settings |= {key: getattr(options, key) for key in asked}
         run = Run("init", check_device(options.device), settings)
-        run.finish({"results": [run_dtype(dtype, options) for dtype in options.dtype]}, options.output)
+        results = []
+        for dtype in options.dtype:
+            results.append(run_dtype(dtype, options))
+            run.case(results[-1])
+        run.finish({"results": results}, options.output)
     except Refused as reason:
         print(f"refused: {reason}", file=sys.stderr)
         return 1

@@ -91,7 +91,7 @@ def run_case(case: Case, basis: Basis, rate: float, options: argparse.Namespace)
 # -- a run -------------------------------------------------------------------------------------------------------------
 
 
-def run_all(cases: list[Case], options: argparse.Namespace) -> dict[str, Any]:
+def run_all(cases: list[Case], options: argparse.Namespace, run: Run) -> dict[str, Any]:
     """A base weight is made once for all that use it."""
     size = 512 if options.preset == "quick" else 4096
     rates, results, multi_results = {}, [], []
@@ -107,11 +107,12 @@ def run_all(cases: list[Case], options: argparse.Namespace) -> dict[str, Any]:
             for case in same:
                 rows, result = run_case(case, basis, rates[dtype]["before"], options)
                 results.append(result)
+                run.case(result)
                 for row in rows:
                     row.layer = nn.Identity()  # times alone are needed from here on
                 drawn.append((case, rows))
         if options.multi:
-            multi_results += multi.run(dtype, options)
+            multi_results += multi.run(dtype, options, run.case)
         rates[dtype]["after"] = gemm_rate(size, models.DTYPES[dtype], options.device)
     summary(drawn)
     worst = [ratios(ours, frozen)[0] / ours.floors[1] for ours, frozen in pairs(drawn)]
@@ -204,7 +205,7 @@ def main(argv: list[str] | None = None) -> int:
         run = Run("linear", options.device, settings)
         with torch.random.fork_rng():
             torch.manual_seed(options.seed)  # PEFT and the products draw from torch's own
-            run.finish(run_all(cases, options), options.output)
+            run.finish(run_all(cases, options, run), options.output)
     except Refused as reason:
         print(f"refused: {reason}", file=sys.stderr)
         return 1

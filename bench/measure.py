@@ -314,19 +314,39 @@ def write_figure(figure: Any, path: Path) -> None:
     console.print(f"drawn to {path.name}")
 
 
-class Run:
-    """One run of a benchmark: what it is about, under what load it ran, and its JSON file."""
+def append_line(facts: Mapping[str, Any], path: Path | None = None) -> None:
+    """One line of JSON at the end of a file, there as soon as this returns: what comes later may be killed.
 
-    def __init__(self, name: str, device: str, settings: Mapping[str, Any]) -> None:
-        self.name, self.device = name, device
+    `path` is $OSORA_RESULTS_JSONL unless given; without either nothing is written. What is not finite becomes text.
+    """
+    path = path or Path(os.environ.get("OSORA_RESULTS_JSONL", ""))
+    if path != Path(""):
+        finite = json.loads(json.dumps(facts, ensure_ascii=False, default=str), parse_constant=str)
+        with path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(finite, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+class Run:
+    """One run of a benchmark: what it is about, under what load it ran, its JSON file, and a line for each case."""
+
+    def __init__(self, name: str, device: str, settings: Mapping[str, Any], lines: Path | None = None) -> None:
+        self.name, self.device, self.lines = name, device, lines
         self.began, self.load_before = datetime.now(timezone.utc), load_average()
         self.content: dict[str, Any] = {"benchmark": name, "date": f"{self.began:%Y-%m-%dT%H:%M:%SZ}"}
         self.content |= {"settings": dict(settings), "machine": machine(device), "versions": versions()}
+        append_line(self.content, lines)
+
+    def case(self, result: Mapping[str, Any]) -> None:
+        """One case has ended; `finish` gets it too, if the run comes so far."""
+        append_line({"benchmark": self.name, "case": result}, self.lines)
 
     def finish(self, results: Mapping[str, Any], folder: Path | None = None) -> Path:
         """Write everything; say where, and whether other work was running."""
         self.content["load_average"] = {"before": self.load_before, "after": load_average()}
         self.content |= results
+        append_line(
+            {"benchmark": self.name, "finished": True, "load_average": self.content["load_average"]}, self.lines
+        )
         path = (folder or RESULTS) / f"{self.name}-{self.began:%Y%m%dT%H%M%SZ}.json"
         write_json(path, self.content)
         where = self.content["machine"]

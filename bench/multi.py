@@ -60,8 +60,8 @@ def error(found: Tensor, true: Tensor) -> float:
     return float(worst / true.norm() * len(true) ** 0.5)
 
 
-def run(dtype: str, options: argparse.Namespace) -> list[dict[str, Any]]:
-    """All shapes and ranks in one dtype; what cannot be measured says why."""
+def run(dtype: str, options: argparse.Namespace, tell: Callable[[dict[str, Any]], None]) -> list[dict[str, Any]]:
+    """All shapes and ranks in one dtype, each told as it ends."""
     found = []
     for d, k in options.multi_shapes:
         for rank in options.multi_ranks:
@@ -69,6 +69,7 @@ def run(dtype: str, options: argparse.Namespace) -> list[dict[str, Any]]:
             basis = layers.make_basis(shape, rank, models.DTYPES[dtype], options.device, options.seed)
             with torch.no_grad():
                 found.append(run_case(dtype, basis, rank, options))
+            tell(found[-1])
     return found
 
 

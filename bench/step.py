@@ -218,7 +218,11 @@ def main(argv: list[str] | None = None) -> int:
         keys = ("rank", "batch", "tokens", "layers", "repetitions", "warm_up", "quick", "seed", "peft_float32")
         settings = {"model": models.label(options.model)} | {key: getattr(options, key) for key in keys}
         run = Run("step", options.device, settings)
-        run.finish({"results": [run_dtype(dtype, options) for dtype in options.dtype]}, options.output)
+        results = []
+        for dtype in options.dtype:
+            results.append(run_dtype(dtype, options))
+            run.case(results[-1])
+        run.finish({"results": results}, options.output)
     except Refused as reason:
         print(f"refused: {reason}", file=sys.stderr)
         return 1

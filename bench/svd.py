@@ -136,7 +136,7 @@ def run_case(
     return rows, {**asdict(case), "gap": gap, "origin": matrices.origin, "peers": peers}
 
 
-def run_all(cases: list[Case], options: argparse.Namespace) -> dict[str, Any]:
+def run_all(cases: list[Case], options: argparse.Namespace, run: Run) -> dict[str, Any]:
     """Matrices are made once for all the ranks they are asked with."""
     dtype, source = DTYPES[options.dtype], spectra.Source(options.source)
     size = 512 if options.preset == "quick" else 4096
@@ -158,6 +158,7 @@ def run_all(cases: list[Case], options: argparse.Namespace) -> dict[str, Any]:
             for case in here:
                 rows, result = run_case(case, made, saved, rates[0], options)
                 results.append(result)
+                run.case(result)
                 drawn.append((str(case), rows))
     rates.append(gemm_rate(size, working(torch.empty(0, dtype=dtype)).dtype, options.device))
     if options.plot:
@@ -265,7 +266,7 @@ def main(argv: list[str] | None = None) -> int:
             left_out = ("child", "output", "plot", "matrices", "shapes", "ranks", "batch")
             settings = {name: value for name, value in vars(options).items() if name not in left_out}
             run = Run("svd", options.device, settings)
-            run.finish(run_all(cases, options), options.output)
+            run.finish(run_all(cases, options, run), options.output)
     except Refused as reason:
         print(f"refused: {reason}", file=sys.stderr)
         return 1

@@ -23,8 +23,8 @@ TEMPLATE = (
 
 
 # Files that take longest, the longest first.
-LONG = "cuda_source emulation dense_cuda bench_svd bench_init trainer train_command bench plan compiled".split()
-LONG = [f"test_{name}.py" for name in LONG]
+LONG = "cuda_source emulation dense_cuda bench_svd bench_init trainer train_command bench gpu_check plan compiled"
+LONG = [f"test_{name}.py" for name in LONG.split()]
 
 
 @pytest.hookimpl(trylast=True)

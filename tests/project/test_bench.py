@@ -1,15 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the benchmarks share, the step of training, and the plan for a card."""
+"""What the benchmarks share, and the step of training."""
 
 import json
 import os
-import re
-import subprocess
-import sys
 
 import pytest
 import torch
-from benches import BENCH, assert_complete, only_result, quick
+from benches import assert_complete, only_result, quick
 
 import osora
 
@@ -120,6 +117,27 @@ def test_a_result_is_written_whole_or_not_at_all(bench, tmp_path):
     assert json.loads(path.read_text()) == {"a": 1} and os.listdir(path.parent) == ["result.json"]
 
 
+def test_every_case_is_a_line_as_soon_as_it_ends(bench, tmp_path, monkeypatch):
+    measure, lines = bench("measure"), tmp_path / "lines.jsonl"
+
+    def written():
+        return [json.loads(line) for line in lines.read_text(encoding="utf-8").splitlines()]
+
+    monkeypatch.setenv("OSORA_RESULTS_JSONL", str(lines))
+    run = measure.Run("some", "cpu", {"rank": 3})
+    assert written()[0]["settings"] == {"rank": 3} and written()[0]["versions"]["torch"] == torch.__version__
+    run.case({"ms": 2.0, "error": float("nan")})  # NaN is not JSON
+    assert written()[1:] == [{"benchmark": "some", "case": {"ms": 2.0, "error": "NaN"}}]
+    run.finish({"results": []}, tmp_path / "results")
+    assert written()[2]["finished"] is True
+    other = tmp_path / "other.jsonl"
+    measure.Run("named", "cpu", {}, lines=other).case({})
+    assert len(written()) == 3 and len(other.read_text(encoding="utf-8").splitlines()) == 2
+    monkeypatch.delenv("OSORA_RESULTS_JSONL")
+    measure.Run("silent", "cpu", {}).case({})
+    assert sorted(os.listdir(tmp_path)) == ["lines.jsonl", "other.jsonl", "results"]
+
+
 @pytest.mark.parametrize("name", ["init", "step"])
 def test_wrong_requests(bench, tmp_path, capsys, name):
     main = bench(name).main
@@ -132,80 +150,3 @@ def test_wrong_requests(bench, tmp_path, capsys, name):
         assert main(quick(tmp_path, "--device", "cuda")) == 1
         assert "nothing was measured" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
-
-
-# -- gpu_check.sh ------------------------------------------------------------------------------------------------------
-
-
-def gpu_check(python, output, *more):
-    command = ["bash", BENCH / "gpu_check.sh", "--python", python, "--output", output, "--model", "tiny", *more]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=500)
-    return done, json.loads(output.read_text(encoding="utf-8")) if output.exists() else None
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="for machines without a GPU")
-def test_gpu_check_without_a_gpu_says_so(tmp_path):
-    stages = "machine,tests,sanitizer,rates,init,step,svd,linear"  # the build takes minutes
-    done, report = gpu_check(sys.executable, tmp_path / "report.json", "--stages", stages)
-    assert done.returncode == 3, done.stderr
-    assert report["gpu"] is None and report["failed"] == [] and report["passed"] == ["machine"]
-    reasons = {record["stage"]: record["skipped"] for record in report["stages"]}
-    assert list(reasons) == ["machine", "build", "tests", "sanitizer", "rates", "init", "step", "svd", "linear"]
-    assert reasons["build"] == "not chosen"
-    assert all("no GPU" in reasons[name] for name in ("tests", "rates", "init", "step", "svd", "linear"))
-    assert not any("measured" in record or "results" in record for record in report["stages"])
-    assert "none, so nothing here says anything about one" in done.stdout
-    assert os.listdir(tmp_path) == ["report.json"]
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="for machines without a GPU")
-def test_gpu_check_runs_every_stage_whatever_fails(tmp_path):
-    # says that there is a GPU, and cannot build or test; what the benchmarks say for themselves is the next test's
-    fake = tmp_path / "python"
-    fake.write_text(
-        "#!/bin/sh\n"
-        'case "$*" in\n'
-        "  *sys.exit*cuda.is_available*) exit 0 ;;\n"
-        '  *"-m pip"*|*"-m pytest"*) echo "made to fail"; exit 7 ;;\n'
-        '  "bench/gpu_"*) ;;\n'
-        '  "bench/"*) echo "made to refuse"; exit 1 ;;\n'
-        "esac\n"
-        'case "$*" in\n'
-        f'  *) exec "{sys.executable}" "$@" ;;\n'
-        "esac\n"
-    )
-    fake.chmod(0o755)
-    done, report = gpu_check(fake, tmp_path / "report.json")
-    assert done.returncode == 1
-    codes = {record["stage"]: record["rc"] for record in report["stages"]}
-    assert codes.pop("sanitizer") in (7, None)  # None: there is no compute-sanitizer here
-    assert codes == {"machine": 0, "build": 7, "tests": 7, "rates": 1, "init": 1, "step": 1, "svd": 1, "linear": 1}
-    tails = {record["stage"]: record["tail"] for record in report["stages"]}
-    assert "made to fail" in tails["build"] and "made to fail" in tails["tests"]
-    assert all("made to refuse" in tails[name] for name in ("init", "step", "svd", "linear"))
-    # The lie about the GPU gives no figure: whoever measures looks for itself.
-    assert report["gpu"] is None and "nothing was measured" in tails["rates"]
-    assert not any("measured" in record or "results" in record for record in report["stages"])
-    assert str(BENCH.parent) not in json.dumps(report)
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="for machines without a GPU")
-def test_gpu_check_calls_each_benchmark_as_it_may_be_called(bench, tmp_path, capsys):
-    """With the words of the script, in this process: a new one takes seconds to start."""
-    script = (BENCH / "gpu_check.sh").read_text(encoding="utf-8")
-    call = r'^\w+\(\) { "\$python" bench/(\w+)\.py --device cuda (.*); }$'
-    calls = dict(re.findall(call, script, flags=re.MULTILINE))
-    assert list(calls) == ["init", "step", "svd", "linear"]
-    for name, words in calls.items():
-        given = words.replace('"$model"', "tiny").replace('"$RESULTS"', str(tmp_path)).split()
-        assert bench(name).main(["--device", "cuda", *given]) == 1
-        assert "nothing was measured" in capsys.readouterr().err
-        program = (BENCH / f"{name}.py").read_text(encoding="utf-8")
-        assert program.endswith('\nif __name__ == "__main__":\n    sys.exit(main())\n')
-    assert list(tmp_path.iterdir()) == []
-
-
-@pytest.mark.parametrize("wrong", [("--stages", "machine,nonsense"), ("--output",), ("--nonsense",)])
-def test_gpu_check_refuses_wrong_arguments(wrong):
-    done = subprocess.run(["bash", BENCH / "gpu_check.sh", *wrong], capture_output=True, text=True)
-    assert done.returncode == 2 and done.stderr
