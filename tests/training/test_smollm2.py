@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from documents import blocks
 from helpers import logits, move_adapter, run_python
 from root import ROOT
 from torch import nn
@@ -40,6 +41,16 @@ def load(folder: Path, dtype: torch.dtype = torch.float32) -> nn.Module:
 def ids(folder) -> torch.Tensor:
     text = "A train travels 120 km in two hours. How far does it travel in five hours at the same speed?"
     return transformers.AutoTokenizer.from_pretrained(folder)(text, return_tensors="pt").input_ids
+
+
+def test_the_table_of_the_front_page_is_what_is_printed(folder):
+    """But for the last column, which is of one machine's rounding, and the seconds."""
+    ((_, shown),) = blocks(ROOT / "README.md", "text")
+    printed = str(osora.summary(osora.attach(load(folder), OsoraConfig(r=64), progress=False)))
+    tables = [[line.split()[:-1] for line in text.splitlines()[:-1]] for text in (shown, printed)]
+    assert tables[0] == tables[1]
+    totals = [text.splitlines()[-1].partition(";")[0] for text in (shown, printed)]
+    assert totals[0] == totals[1]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
