@@ -17,7 +17,7 @@ from matrices import (
     with_spectrum,
 )
 
-from osora.svd.certificate import ConvergenceError, Decomposition, report_failure
+from osora.svd.certificate import Certificate, ConvergenceError, Decomposition, report_failure
 from osora.svd.truncated import decompose, truncated_svd
 
 # -- the certificate ---------------------------------------------------------------------------------------------------
@@ -72,6 +72,13 @@ def test_a_refusal_says_what_was_reached_why_and_the_cure(S, residuals, words):
     with pytest.raises(ConvergenceError) as caught:
         report_failure([item], 1e-3, "raise", stacklevel=2)
     assert f"tol=0.001 for layer ({words}" in str(caught.value)
+
+
+def test_a_certificate_beside_another_is_no_better_than_either():
+    good, bad = Certificate(1e-4, 20, True, "lanczos"), Certificate(3e-3, 40, False, "gram")
+    for first, second in ((good, bad), (bad, good)):
+        assert first.beside(second) == (3e-3, first.passes, False, first.method)
+    assert good.beside(good) == good
 
 
 def test_the_hidden_direction_is_hidden_from_its_seed_alone():
