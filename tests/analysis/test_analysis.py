@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 
 import osora
 from osora.analysis.weights import Weights
+from osora.files.whole import write_json
 
 # Two decompositions in float64, each with residuals of at most 1e-8, of matrices whose relative gaps are above 1e-3:
 # vectors within 1e-5, so cosines near 1 within 1e-10, and other overlaps within 1e-5.
@@ -412,3 +413,14 @@ def test_pictures_refuse_nonsense(tmp_path):
     with pytest.raises(ValueError, match="rank must be a positive int"):
         osora.plot_spectra(tmp_path / "x.png", model, rank=0)
     assert not list(tmp_path.iterdir())
+
+
+def test_json_is_written_whole_and_without_nan_unless_it_is_allowed(tmp_path):
+    path = tmp_path / "x.json"
+    write_json(path, {"a": "ö"})
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        write_json(path, {"a": float("nan")})
+    assert path.read_text(encoding="utf-8") == '{\n "a": "ö"\n}\n'
+    write_json(path, [float("nan")], allow_nan=True)
+    assert math.isnan(json.loads(path.read_text(encoding="utf-8"))[0])
+    assert [each.name for each in tmp_path.iterdir()] == ["x.json"]

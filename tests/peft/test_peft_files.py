@@ -439,3 +439,10 @@ def test_a_configuration_alone_is_a_configuration(tmp_path):
     assert os.listdir(tmp_path) == [FILES[0]]
     assert OsoraConfig.from_pretrained(tmp_path) == config == PeftConfig.from_pretrained(tmp_path)
     assert peft.PEFT_TYPE_TO_CONFIG_MAPPING["OSORA"] is OsoraConfig
+
+
+@pytest.mark.parametrize("text", ["[]", "{}", "3", '"osora"', "{", ""])
+def test_a_configuration_that_is_no_object_is_not_taken_for_the_defaults(tmp_path, text):
+    (tmp_path / "adapter_config.json").write_text(text, encoding="utf-8")
+    with pytest.raises(AdapterError, match=r"adapter_config\.json"):
+        OsoraConfig.from_pretrained(tmp_path)

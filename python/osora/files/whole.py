@@ -44,9 +44,9 @@ def finish(path: Path) -> None:
     os.chmod(path, _usual_mode(0o666))
 
 
-def write_json(path: Path, content: Any) -> None:
-    """Whole or not at all. Raises ValueError for NaN and infinities: JSON has none."""
-    text = json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+def write_json(path: Path, content: Any, *, allow_nan: bool = False) -> None:
+    """Whole or not at all. Raises ValueError for NaN and infinities, which JSON has not, unless they are allowed."""
+    text = json.dumps(content, indent=1, ensure_ascii=False, allow_nan=allow_nan) + "\n"
     with temporary_beside(path) as new:
         new.write_text(text, encoding="utf-8", errors="backslashreplace")  # the bytes of a path may be no text
         finish(new)

@@ -233,7 +233,7 @@ def finetune(
         "adapter": str(adapter),
         "adapter_bytes": sum(path.stat().st_size for path in adapter.iterdir()),
     }
-    write_json(output / REPORT, report)
+    write_json(output / REPORT, report, allow_nan=True)  # at the end of a training nothing is refused
     return report
 
 

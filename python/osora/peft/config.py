@@ -12,7 +12,16 @@ from torch import nn
 
 from osora import config as native
 from osora.config import ALL_LINEAR
-from osora.files.format import BLOCK, CONFIG_FILE, FILE_METHODS, Description, check_header, described, read_json
+from osora.files.format import (
+    BLOCK,
+    CONFIG_FILE,
+    FILE_METHODS,
+    AdapterError,
+    Description,
+    check_header,
+    described,
+    read_json,
+)
 from osora.files.info import config_of
 from osora.peft import saving
 from osora.peft.registry import peft_type
@@ -123,6 +132,8 @@ class AdapterConfig(PeftConfig):
         """What :meth:`from_pretrained` reads, checked as it says."""
         path = Path(path_json_file)
         contents = read_json(path)
+        if not contents:
+            raise AdapterError(f"{path} holds no options: it must be a JSON object with a peft_type")
         if any(path.parent.glob("adapter_model.*")):
             description = described(contents, path)
             check_header(path.parent, description)
