@@ -60,20 +60,23 @@ concept Dense =
       fixed.insert(a, n, b, n);  // b[n] into the first columns of a[n]
 
       // -- products
-      fixed.times(b, a);                                                  // a = A b
-      fixed.times_exactly(b, a);                                          // in the precision of the certificate
-      { fixed.times_and_back(b, a) } -> std::same_as<ArrayOf<D>>;         // a = A b; A^T a
+      fixed.times(b, a);          // a = A b
+      fixed.times_exactly(b, a);  // in the precision of the certificate
+      // a = A b; A^T a, and the lengths of a's columns [B, 1, columns]. b: where A^T a will be kept; it may be made
+      // there.
+      { fixed.times_and_back(b, a, b) } -> std::same_as<std::pair<ArrayOf<D>, ArrayOf<D>>>;
       { fixed.transposed_times_exactly(b) } -> std::same_as<ArrayOf<D>>;  // A^T b
       { fixed.product(b, c) } -> std::same_as<ArrayOf<D>>;                // b c, c in float64
       fixed.project_out(a, b);                                            // a -= b (b^T a)
-      fixed.rotate(a, b, n, n);                                           // a[:, :keep] = a[:, :width] b[:, :keep]
+      fixed.rotate(a, a, b, n, n);                                        // both a[:, :keep] = a[:, :width] b[:, :keep]
 
       // -- orthonormalisation
       { dense.orthonormal_gaussian() } -> std::same_as<ArrayOf<D>>;  // [B, cols, block]
       { dense.probe_gaussian(n, n) } -> std::same_as<ArrayOf<D>>;    // [B, cols, count], of probe_stream(turn)
       { fixed.zero_norms(n) } -> std::same_as<ArrayOf<D>>;           // [B, 1, count]
-      { fixed.column_norms(b) } -> std::same_as<ArrayOf<D>>;         // [B, 1, columns]
-      dense.drop_noise(a, b);  // columns of length one; what is rounding, measured by the norms b, becomes Gaussian
+      // a -> orthonormal columns, orthogonal to b [*, *, width] (orthonormal). A column whose projection is no more
+      // than rounding, measured by sigma_1 times the norms c [B, 1, columns of a], is replaced by a random one.
+      dense.orthonormalise(a, b, c);
       // 1 for columns that were orthonormal before, less the worse conditioned they were, 0 if that was not measured.
       { dense.cholesky_qr(a) } -> std::same_as<double>;
       { dense.take_lengths(a) } -> std::same_as<ArrayOf<D>>;  // float64 [B, 1, columns]; columns of length one
@@ -82,8 +85,8 @@ concept Dense =
       { dense.gram_eigen(b) } -> std::same_as<std::pair<ArrayOf<D>, ArrayOf<D>>>;  // of b^T b: values, vectors
       { fixed.largest_value(b) } -> std::same_as<ArrayOf<D>>;                      // the largest singular value, [B]
       { fixed.largest_tails(b, n, n) } -> std::same_as<ArrayOf<D>>;                // column numbers [B, block]
-      { fixed.ritz_residuals(b, b, b, c) } -> std::same_as<ArrayOf<D>>;            // v, y, lambda, which
-      { fixed.ritz_values(b, c) } -> std::same_as<ArrayOf<D>>;                     // of lambda, which: [B, 1, count]
+      { fixed.ritz_residuals(b, b, b, c, b) } -> std::same_as<ArrayOf<D>>;  // v, y, lambda, which, where it may be made
+      { fixed.ritz_values(b, c) } -> std::same_as<ArrayOf<D>>;              // of lambda, which: [B, 1, count]
       { fixed.relative_size(b, b, c) } -> std::same_as<std::vector<double>>;  // of r, lambda, which: one per matrix
 
       // -- the answer

@@ -22,21 +22,6 @@ namespace osora::core {
 constexpr int64_t kProbes = 8;           // Gaussian vectors that look for a missed triplet
 constexpr int64_t kProbeIterations = 4;  // power iterations they get
 
-// z -> orthonormal columns, orthogonal to v [*, *, width] (orthonormal). A column whose projection is no more than
-// rounding, measured by sigma_1 times `norms` [B, 1, columns of z], is replaced by a random one.
-// Dense::cholesky_qr tells how well conditioned its input was: 1 for orthonormal columns, 0 if it was not measured. A
-// projection that leaves little of orthonormal columns leaves rounding in them, and asks for another round ("twice is
-// enough" where it leaves much: Daniel, Gragg, Kaufman, Stewart, Math. Comp. 30, 1976).
-template <Dense D>
-void orthonormalise(D& dense, ArrayOf<D>& z, const ArrayOf<D>& v, const ArrayOf<D>& norms) {
-  dense.project_out(z, v);
-  dense.drop_noise(z, norms);
-  for (int round = 0; round < D::kRounds; ++round) {
-    if (round > 0) dense.project_out(z, v);
-    if (dense.cholesky_qr(z) > 0.7 && round > 0) return;  // and they were orthonormal before: nothing left to mend
-  }
-}
-
 // Rayleigh-Ritz on orthonormal x with y = M x: rotates x to the right singular vectors of M on its span; returns the
 // left ones, orthonormal, and the values [B, 1, columns] in float64.
 template <Dense D>
@@ -60,13 +45,14 @@ std::pair<ArrayOf<D>, ArrayOf<D>> probe(D& dense, const ArrayOf<D>& u, const Arr
                                         int64_t turn) {
   using Array = ArrayOf<D>;
   Array x = dense.probe_gaussian(count, turn), y = dense.empty(dense.plan().rows, count);
+  Array other = dense.empty(dense.plan().cols, count);
   const Array none = dense.zero_norms(count);
   for (int64_t iteration = 0; iteration < kProbeIterations; ++iteration) {
-    orthonormalise(dense, x, v, none);
-    Array z = dense.times_and_back(x, y);
-    std::swap(x, z);
+    dense.orthonormalise(x, v, none);
+    Array z = dense.times_and_back(x, y, other).first;
+    other = std::exchange(x, std::move(z));
   }
-  orthonormalise(dense, x, v, none);
+  dense.orthonormalise(x, v, none);
   dense.project_out(y, u);
   return {std::move(x), dense.largest_value(y)};
 }
@@ -157,7 +143,7 @@ std::vector<Found<ArrayOf<D>>> block_lanczos(D dense, double tol, int64_t max_pa
   std::vector<Progress> progress(dense.batch(), Progress{0.8 * tol});
 
   Array V = dense.empty(plan.cols, plan.basis), Y = dense.empty(plan.rows, plan.basis);
-  Array Z;  // A^T (last block of Y), if another follows before the restart
+  Array Z, norms;  // A^T (last block of Y), and the lengths in that block, if another follows before the restart
   int64_t width = 0, passes = 0, turn = 0;
   int64_t limit = plan.basis;  // where the next restart comes
   const auto append = [&](const Array& block) {
@@ -165,7 +151,7 @@ std::vector<Found<ArrayOf<D>>> block_lanczos(D dense, double tol, int64_t max_pa
     const Array y = dense.columns(Y, width, plan.block);
     width += plan.block;
     if (width + plan.block <= limit) {
-      Z = dense.times_and_back(block, y);
+      std::tie(Z, norms) = dense.times_and_back(block, y, dense.columns(V, width, plan.block));
       passes += 2;
     } else {
       dense.times(block, y);
@@ -176,8 +162,7 @@ std::vector<Found<ArrayOf<D>>> block_lanczos(D dense, double tol, int64_t max_pa
 
   for (;;) {
     while (width + plan.block <= limit) {
-      const Array norms = dense.column_norms(dense.columns(Y, width - plan.block, plan.block));
-      orthonormalise(dense, Z, dense.columns(V, 0, width), norms);
+      dense.orthonormalise(Z, dense.columns(V, 0, width), norms);
       append(Z);
     }
 
@@ -186,15 +171,14 @@ std::vector<Found<ArrayOf<D>>> block_lanczos(D dense, double tol, int64_t max_pa
     // residual is proportional in exact arithmetic.
     const auto [lambda, Q] = dense.gram_eigen(dense.columns(Y, 0, width));
     const auto worst = dense.largest_tails(Q, plan.block, plan.rank);  // [B, block] column numbers
-    dense.rotate(V, Q, width, plan.keep);
-    dense.rotate(Y, Q, width, plan.keep);
+    dense.rotate(V, Y, Q, width, plan.keep);
     width = plan.keep;
-    Array R = dense.ritz_residuals(V, Y, lambda, worst);  // A^T y_i - lambda_i v_i
+    // A^T y_i - lambda_i v_i
+    Array R = dense.ritz_residuals(V, Y, lambda, worst, dense.columns(V, width, plan.block));
     passes += 1;
-    // Rounding has left a part of V in them; a true residual has none.
-    dense.project_out(R, dense.columns(V, 0, width));
-    dense.project_out(R, dense.columns(V, 0, width));
-    Array norms = dense.ritz_values(lambda, worst);                          // |y_i|
+    dense.project_out(R,
+                      dense.columns(V, 0, width));  // rounding has left a part of V in them; a true residual has none
+    norms = dense.ritz_values(lambda, worst);       // |y_i|
     const std::vector<double> size = dense.relative_size(R, lambda, worst);  // the one read per restart
 
     std::vector<int64_t> candidates, staying;
@@ -242,7 +226,7 @@ std::vector<Found<ArrayOf<D>>> block_lanczos(D dense, double tol, int64_t max_pa
     // A batch in lockstep makes whole cycles: what a matrix gets must not depend on how slow its companions are.
     const int64_t blocks = D::kLockstep ? most : progress[ids.front()].blocks_wanted(last, most);
     limit = width + blocks * plan.block;
-    orthonormalise(dense, R, dense.columns(V, 0, width), norms);
+    dense.orthonormalise(R, dense.columns(V, 0, width), norms);
     append(R);
   }
 }

@@ -8,12 +8,15 @@
 namespace osora::core {
 namespace {
 
-// Block, kept and largest width of the basis (docs/svd.md, "Widths"). Narrow blocks multiply fewer columns. A CPU takes
-// an eighth of the rank, in the widths that cpu/skinny.h is fast at; a GPU, whose passes cost much the same up to a
-// hundred columns, a quarter. Fewer than three new blocks before a restart waste what a Krylov space gains.
+// Block, kept and largest width of the basis (docs/svd.md, "Widths"). Narrow blocks multiply fewer columns: a CPU takes
+// an eighth of the rank, in the widths that cpu/skinny.h is fast at. A GPU's passes cost much the same up to a hundred
+// columns, and each restart has an eigenproblem that is slow whatever its size: half of the rank, up to what
+// cuda/svd/svd_orthogonal.cu takes, or a quarter. Fewer than three new blocks before a restart waste what a Krylov
+// space gains.
 void set_widths(SvdPlan& plan, bool cuda) {
   const int64_t r = plan.rank;
-  plan.block = cuda ? std::clamp<int64_t>(r / 32 * 8, 16, 128) : std::clamp<int64_t>(r / 64 * 8, 16, 48);
+  const int64_t wide = std::max(std::min<int64_t>(r / 16 * 8, 64), std::min<int64_t>(r / 32 * 8, 128));
+  plan.block = cuda ? std::max<int64_t>(wide, 16) : std::clamp<int64_t>(r / 64 * 8, 16, 48);
   plan.keep = r + std::max(plan.block, r / 2);
   plan.basis = plan.keep + std::max<int64_t>(3, (9 * r / 4 - plan.keep) / plan.block) * plan.block;
 }
@@ -68,7 +71,9 @@ int64_t bytes_of(const SvdPlan& plan, int64_t itemsize, int64_t weight_itemsize,
       const int64_t groups = machine.threads == 1 ? 1 : 4 * machine.threads;
       const int64_t panels = machine.cuda ? 3 * rows * plan.block : groups * cols * width + machine.threads * (1 << 19);
       const int64_t exact = 8 * (machine.cuda ? rows : std::min<int64_t>(rows, 2048)) * plan.basis;
-      return copy + exact + 8 * 3 * plan.basis * plan.basis +
+      // The third round of orthonormalise(): a product of the basis with the block for each strip of 256 rows.
+      const int64_t strips = machine.cuda && plan.block <= 64 ? 8 * ((cols + 255) / 256) * plan.basis * plan.block : 0;
+      return copy + exact + strips + 8 * 3 * plan.basis * plan.basis +
              itemsize * (both * plan.basis + std::max(rows, cols) * plan.keep + 6 * both * width + panels);
     }
     case SvdMethod::kGram: {  // G, its eigenvectors and LAPACK's workspace; the triplets of the last step

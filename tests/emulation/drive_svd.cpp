@@ -1,133 +1,15 @@
 // SPDX-License-Identifier: Apache-2.0
-// Runs the kernels of csrc/cuda/svd/svd_kernels.cu and svd_ritz.cu on the CPU against float64, over sizes and types.
-// Every array is a heap block of its exact size, so that ASan sees any access beside it; outputs and scratch start as
-// NaN. The last line is a hash of all output bits: equal in every schedule (OSORA_EMULATION_ORDER).
+// Runs the kernels of csrc/cuda/svd/svd_*.cu on the CPU against float64, over sizes and types. The last line is a hash
+// of all output bits: equal in every schedule (OSORA_EMULATION_ORDER).
+#include "drive_svd.h"
+
 #include <algorithm>
-#include <cmath>
-#include <cstdio>
-#include <cstring>
-#include <functional>
-#include <memory>
-#include <random>
 #include <vector>
 
 #include "core/philox.h"
-#include "cuda/common/half.cuh"
-#include "cuda/svd/svd_kernels.h"
 
+namespace osora::driver {
 namespace {
-
-using namespace osora::cuda;
-
-int failures = 0, checks = 0;
-uint64_t all_bits = 1469598103934665603ull;
-std::mt19937 generator;
-
-void expect(bool good, const char* what) {
-  ++checks;
-  if (good) return;
-  ++failures;
-  std::printf("  FAILED: %s\n", what);
-}
-bool near(double got, double wish, double error) { return std::fabs(got - wish) <= error; }
-
-// Matrices in one block of exact size, with `gap` numbers between them.
-class Array {
- public:
-  Array(Type type, int64_t rows, int64_t cols, int64_t batch = 1, int64_t gap = 0)
-      : matrices_{nullptr, type, rows, cols, batch, rows * cols + gap},
-        count_(batch ? (batch - 1) * matrices_.stride + rows * cols : 0),
-        memory_(new unsigned char[count_ * size_of(type)]) {
-    matrices_.data = memory_.get();
-    std::memset(memory_.get(), 0xFF, count_ * size_of(type));
-  }
-  const Matrices& matrices() const { return matrices_; }
-  template <class T>
-  T* as() const {
-    return static_cast<T*>(matrices_.data);
-  }
-  int* ints() const { return as<int>(); }
-  double* doubles() const { return as<double>(); }
-  double get(int64_t b, int64_t i, int64_t j) const {
-    const void* at = matrices_.at(b, j);
-    switch (matrices_.type) {
-      case Type::kFloat64:
-        return static_cast<const double*>(at)[i];
-      case Type::kFloat32:
-        return static_cast<double>(static_cast<const float*>(at)[i]);
-      case Type::kBFloat16:
-        return static_cast<double>(widen(static_cast<const __nv_bfloat16*>(at)[i]));
-      case Type::kFloat16:
-        return static_cast<double>(widen(static_cast<const __half*>(at)[i]));
-      case Type::kInt32:
-        return static_cast<const int*>(at)[i];
-      default:
-        return static_cast<double>(static_cast<const int64_t*>(at)[i]);
-    }
-  }
-  void set(int64_t b, int64_t i, int64_t j, double x) const {
-    void* const at = matrices_.at(b, j);
-    switch (matrices_.type) {
-      case Type::kFloat64:
-        static_cast<double*>(at)[i] = x;
-        return;
-      case Type::kFloat32:
-        static_cast<float*>(at)[i] = static_cast<float>(x);
-        return;
-      case Type::kBFloat16:
-        narrow(static_cast<float>(x), static_cast<__nv_bfloat16*>(at)[i]);
-        return;
-      case Type::kFloat16:
-        narrow(static_cast<float>(x), static_cast<__half*>(at)[i]);
-        return;
-      case Type::kInt32:
-        static_cast<int*>(at)[i] = static_cast<int>(x);
-        return;
-      default:
-        static_cast<int64_t*>(at)[i] = static_cast<int64_t>(x);
-    }
-  }
-  // Every number by its place.
-  const Array& fill(const std::function<double(int64_t, int64_t, int64_t)>& value) const {
-    each([&](int64_t b, int64_t i, int64_t j) { set(b, i, j, value(b, i, j)); });
-    return *this;
-  }
-  const Array& normal(double scale = 1) const {
-    std::normal_distribution<double> draw;
-    return fill([&](int64_t, int64_t, int64_t) { return scale * draw(generator); });
-  }
-  bool all(const std::function<bool(int64_t, int64_t, int64_t)>& good) const {
-    bool right = true;
-    each([&](int64_t b, int64_t i, int64_t j) { right = right && good(b, i, j); });
-    return right;
-  }
-  double norm(int64_t b, int64_t j) const {
-    double sum = 0;
-    for (int64_t i = 0; i < matrices_.rows; ++i) sum += get(b, i, j) * get(b, i, j);
-    return std::sqrt(sum);
-  }
-  // Into the hash of everything.
-  const Array& count() const {
-    for (int64_t k = 0; k < count_ * size_of(matrices_.type); ++k)
-      all_bits = (all_bits ^ memory_[k]) * 1099511628211ull;
-    return *this;
-  }
-
- private:
-  template <class Call>
-  void each(Call call) const {
-    for (int64_t b = 0; b < matrices_.batch; ++b)
-      for (int64_t j = 0; j < matrices_.cols; ++j)
-        for (int64_t i = 0; i < matrices_.rows; ++i) call(b, i, j);
-  }
-  Matrices matrices_;
-  int64_t count_;
-  std::unique_ptr<unsigned char[]> memory_;
-};
-
-Array vector_of(Type type, int64_t count, int64_t batch = 1) { return {type, 1, count, batch}; }
-
-const Type kWork[] = {Type::kFloat64, Type::kFloat32};
 
 void weights(Type type, Type to, int64_t d, int64_t k, double size) {
   const int64_t batch = 3, ld = (k + 7) / 8 * 8;
@@ -201,7 +83,7 @@ void moves(int64_t rows, int64_t cols) {
   const int64_t ld = rows + 5;
   for (const int terms : {1, 2, 3}) {
     const Array split(Type::kBFloat16, ld, terms * cols, batch), wider(Type::kFloat32, ld, terms * cols, batch);
-    split_terms(x.matrices(), terms, split.matrices(), nullptr);
+    split_terms(x.matrices(), nullptr, terms, split.matrices(), nullptr);
     bool padded = true, right = true;
     for (int64_t b = 0; b < batch; ++b) {
       for (int64_t j = 0; j < cols; ++j) {
@@ -223,7 +105,24 @@ void moves(int64_t rows, int64_t cols) {
              near(sum.get(b, i, j), x.get(b, i, j), std::ldexp(std::fabs(x.get(b, i, j)), terms == 3 ? -24 : -16));
     }),
            "sum of terms");
-    split.count(), wider.count();
+    const Array again(Type::kFloat32, ld, cols, batch), lengths = vector_of(Type::kFloat64, cols, batch);
+    const Array next(Type::kBFloat16, ld + 3, terms * cols, batch), wish(Type::kBFloat16, ld + 3, terms * cols, batch);
+    sum_and_split_terms(wider.matrices(), terms, again.matrices(), next.matrices(), lengths.doubles(), nullptr);
+    split_terms(sum.matrices(), nullptr, terms, wish.matrices(), nullptr);
+    expect(again.all([&](int64_t b, int64_t i, int64_t j) {
+      return again.get(b, i, j) == sum.get(b, i, j);
+    }) && next.all([&](int64_t b, int64_t i, int64_t j) {
+      return next.get(b, i, j) == wish.get(b, i, j);
+    }) && lengths.all([&](int64_t b, int64_t, int64_t j) { return near(lengths.get(b, 0, j), sum.norm(b, j), 1e-9); }),
+           "sum of terms, split again");
+    split.count(), wider.count(), next.count(), lengths.count();
+    const Array some = vector_of(Type::kInt32, 2, batch), chosen(Type::kBFloat16, ld, terms * 2, batch);
+    some.fill([&](int64_t b, int64_t, int64_t j) { return static_cast<double>((5 * j + b) % cols); });
+    split_terms(x.matrices(), some.ints(), terms, chosen.matrices(), nullptr);
+    expect(chosen.all([&](int64_t b, int64_t i, int64_t j) {
+      return chosen.get(b, i, j) == split.get(b, i, j / 2 * cols + some.ints()[b * 2 + j % 2]);
+    }),
+           "terms of chosen columns");
   }
 }
 
@@ -245,13 +144,13 @@ void columns(Type type, int64_t rows, int64_t cols) {
   const int64_t batch = 2;
   const double unit = type == Type::kFloat64 ? 1e-14 : 1e-6;
   const Array keys = vector_of(Type::kInt64, 1, batch), out(type, rows, cols, batch, 1);
-  keys.as<uint64_t>()[0] = osora::core::mixed_key(5, 7);
-  keys.as<uint64_t>()[1] = osora::core::mixed_key(5, 8);
+  keys.as<uint64_t>()[0] = core::mixed_key(5, 7);
+  keys.as<uint64_t>()[1] = core::mixed_key(5, 8);
   const Random random{keys.as<uint64_t>(), 3};
   fill_normal(out.matrices(), random, nullptr);
   std::vector<double> wish(rows * cols);
   for (int64_t b = 0; b < batch; ++b) {
-    osora::core::fill_gaussian(wish.data(), rows * cols, 5, static_cast<uint64_t>(7 + b), 3);
+    core::fill_gaussian(wish.data(), rows * cols, 5, static_cast<uint64_t>(7 + b), 3);
     bool same = true;
     for (int64_t i = 0; i < rows; ++i) {
       for (int64_t j = 0; j < cols; ++j) {
@@ -371,24 +270,20 @@ void ritz(int64_t n, int64_t block, int64_t rank) {
   q.normal();
   for (int64_t i = 0; i < n && count > 2; ++i) q.set(1, i, 2, q.get(1, i, 0));  // a tie
   q.set(0, n - 1, 1, NAN);                                                      // comes first
-  tails(q.matrices(), block, count, tail.doubles(), nullptr);
-  bool right = true;
+  const Array which = vector_of(Type::kInt32, block, batch), by_value = vector_of(Type::kInt32, block, batch);
+  longest_tails(q.matrices(), block, count, tail.doubles(), which.ints(), nullptr);
+  largest_first(tail.doubles(), count, block, batch, by_value.ints(), nullptr);
   for (int64_t b = 0; b < batch; ++b) {
-    for (int64_t j = 0; j < count; ++j) {
-      double sum = 0;
-      for (int64_t i = n - block; i < n; ++i) sum += q.get(b, i, j) * q.get(b, i, j);
-      right = right && (std::isnan(sum) || near(tail.get(b, 0, j), std::sqrt(sum), 1e-12));
-    }
-  }
-  expect(right, "tails");
-  const Array which = vector_of(Type::kInt32, block, batch);
-  largest_first(tail.doubles(), count, block, batch, which.ints(), nullptr);
-  for (int64_t b = 0; b < batch; ++b) {
+    std::vector<double> squares(count);
     std::vector<int> order(count);
-    for (int64_t j = 0; j < count; ++j) order[j] = static_cast<int>(j);
-    const auto value = [&](int j) { return std::isnan(tail.get(b, 0, j)) ? INFINITY : tail.get(b, 0, j); };
-    std::stable_sort(order.begin(), order.end(), [&](int x, int y) { return value(x) > value(y); });
-    expect(std::equal(order.begin(), order.begin() + block, which.ints() + b * block), "largest first");
+    for (int64_t j = 0; j < count; ++j) {
+      order[j] = static_cast<int>(j);
+      for (int64_t i = n - block; i < n; ++i) squares[j] = std::fma(q.get(b, i, j), q.get(b, i, j), squares[j]);
+      if (std::isnan(squares[j])) squares[j] = INFINITY;
+    }
+    std::stable_sort(order.begin(), order.end(), [&](int x, int y) { return squares[x] > squares[y]; });
+    expect(std::equal(order.begin(), order.begin() + block, which.ints() + b * block), "longest tails");
+    expect(std::equal(order.begin(), order.begin() + block, by_value.ints() + b * block), "largest first");
   }
   const Array lambda = vector_of(Type::kFloat64, n, batch), values = vector_of(Type::kFloat64, block, batch);
   lambda.fill([&](int64_t, int64_t, int64_t j) { return 1.0 / static_cast<double>(1 + j * j); });
@@ -508,8 +403,10 @@ void answer(Type work, Type to, int64_t d, int64_t k, int64_t r) {
 }
 
 }  // namespace
+}  // namespace osora::driver
 
 int main() {
+  using namespace osora::driver;
   struct Size {
     int64_t d, k;
   };
@@ -535,6 +432,7 @@ int main() {
   }
   answer(Type::kFloat32, Type::kFloat32, 20, 30, 300);
   fill_normal({nullptr, Type::kFloat32, 5, 0, 1, 0}, {nullptr, 0}, nullptr);  // nothing to do is done
+  orthogonal();
   std::printf("%d checks, %d failures\nbits %016lx\n", checks, failures, static_cast<unsigned long>(all_bits));
   return failures != 0;
 }

@@ -5,6 +5,7 @@
 #include <sys/mman.h>
 #include <unistd.h>
 
+#include <atomic>
 #include <cstdint>
 #include <iterator>
 #include <memory>
@@ -113,6 +114,8 @@ struct SharedMemory {
   void* memory = nullptr;
 };
 
+inline std::atomic<int64_t> launches = 0;  // so far, by this library
+
 // A kernel with its arguments.
 struct Body {
   void (*call)(const void*);
@@ -165,6 +168,7 @@ OSORA_UNINSTRUMENTED inline void run_block(Block& block, Crew& crew, Order& orde
 
 OSORA_UNINSTRUMENTED inline void run_grid(dim3 grid, dim3 shape, size_t shared_bytes, Body& body) {
   check_launch(grid, shape, shared_bytes);
+  ++launches;
   const unsigned count = shape.x * shape.y * shape.z;
   const auto warps = std::make_unique<Warp[]>((count + kWarpSize - 1) / kWarpSize);
   std::vector<int64_t> thread_sequence(count), block_sequence(int64_t{grid.x} * grid.y * grid.z);

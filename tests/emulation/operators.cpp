@@ -4,6 +4,7 @@
 #include <torch/library.h>
 
 #include "core/svd_drivers_limits.h"
+#include "grid.h"
 #include "torch/common/checks.h"
 #include "torch/fold/fold_launch.h"
 
@@ -40,6 +41,7 @@ TORCH_LIBRARY(osora_emulated, m) {
       "fold_backward(Tensor U, Tensor P, Tensor S0, Tensor s, Tensor o, bool need_s, bool need_o) -> (Tensor, Tensor)");
   m.def("svd_driver_limits", &svd_driver_limits);
   m.def("svd_driver_workspace", &svd_driver_workspace);
+  m.def("launches() -> int", [] { return emulation::launches.load(); });  // of kernels, so far
 }
 TORCH_LIBRARY_IMPL(osora_emulated, CPU, m) {
   m.impl("fold", &fold_emulated);

@@ -3,7 +3,7 @@
 //   planted_bugs --list     the names
 //   planted_bugs NAME       exit 0: nobody noticed; 3: wrong numbers came out; 4: launch() refused; else: a report
 // The last names, drop-barrier-N, run the real code of csrc/cuda (common/reduce.cuh, fold/fold.cu, linear/decode.cu)
-// without its Nth __syncthreads.
+// without its Nth __syncthreads; drop-barrier-svd-N that of planted_bugs_svd.cpp.
 #include <cmath>
 #include <cstdio>
 #include <exception>
@@ -31,6 +31,9 @@ void numbered_barrier(int number, osora::emulation::Site site = osora::emulation
 // clang-format on
 #undef __syncthreads
 constexpr int kBarriers = __COUNTER__ - kFirstBarrier;
+
+int svd_barriers();
+bool right_without_svd_barrier(int number);
 
 namespace {
 
@@ -217,10 +220,12 @@ std::vector<std::pair<std::string, std::function<int()>>> bugs() {
       {"shared-overrun", shared_overrun},
       {"uninitialised-shared", uninitialised_shared},
       {"too-much-shared", too_much_shared},
-      {"no-bug", [] { return drop_barrier(-1); }},
+      {"no-bug", [] { return expect(right_without_svd_barrier(-1) && drop_barrier(-1) == kNoticedNothing); }},
   };
   for (int k = 0; k < kBarriers; ++k)
     all.emplace_back("drop-barrier-" + std::to_string(k), [k] { return drop_barrier(k); });
+  for (int k = 0; k < svd_barriers(); ++k)
+    all.emplace_back("drop-barrier-svd-" + std::to_string(k), [k] { return expect(right_without_svd_barrier(k)); });
   return all;
 }
 

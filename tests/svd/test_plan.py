@@ -63,6 +63,17 @@ def test_the_plan_knows_the_dtype_the_device_and_the_threads(threads):
 
 
 @pytest.mark.parametrize(
+    "rank, widths",
+    [(1, (16, 17, 65)), (8, (16, 24, 72)), (32, (16, 48, 96)), (64, (32, 96, 192)), (100, (48, 150, 294))]
+    + [(128, (64, 192, 384)), (256, (64, 384, 576)), (287, (64, 430, 622)), (288, (72, 432, 648))]
+    + [(512, (128, 768, 1152)), (1024, (128, 1536, 2304))],
+)
+def test_a_card_takes_wider_blocks_and_three_of_them_or_more(rank, widths):
+    plan = svd_plan((8192, 8192), rank, torch.bfloat16, "cuda", "lanczos")
+    assert (plan.block, plan.keep, plan.basis) == widths
+
+
+@pytest.mark.parametrize(
     "arguments, error, words",
     [
         (((5,), 1), ValueError, r"shape must be \[out_features, in_features\], two positive ints, got \(5,\)"),

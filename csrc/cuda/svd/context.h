@@ -26,7 +26,7 @@ class Allocator {
 struct Context {
   cublasHandle_t blas = nullptr;
   cusolverDnHandle_t solver = nullptr;
-  cusolverDnParams_t params = nullptr;  // CUSOLVERDN_SYEVBATCHED set to CUSOLVER_ALG_1
+  cusolverDnParams_t params = nullptr;  // CUSOLVERDN_SYEVBATCHED set to CUSOLVER_ALG_1, where the library takes it
   cudaStream_t stream = nullptr;
   int device = -1;
   int capability = 0;  // 90 for compute capability 9.0
@@ -35,6 +35,8 @@ struct Context {
 };
 Context& context(cudaStream_t stream, Allocator& memory);
 
+// Of the library that is loaded: 11701 for 11.7.1.
+int solver_version();
 // XsyevBatched came with cuSOLVER 11.7.1 (CUDA 12.6.2): in the headers and in the library that is loaded.
 bool has_batched_eigen();
 

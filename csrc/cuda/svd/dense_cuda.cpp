@@ -102,6 +102,10 @@ DenseCuda::Array DenseCuda::columns(const Array& a, int64_t begin, int64_t count
   return part;
 }
 
+void DenseCuda::copy(const Array& target, const Array& source) const {
+  if (target.data != source.data) cuda::copy(source, target, stream());
+}
+
 DenseCuda::Array DenseCuda::clone(const Array& a) const {
   const Array made = array(a.rows, a.cols, a.type);
   copy(made, a);
@@ -139,41 +143,59 @@ DenseCuda DenseCuda::only(const std::vector<int64_t>& positions) const {
   return fewer;
 }
 
-// y = A x, or A^T x where `back`. The stored weight is W^T, column by column.
-void DenseCuda::multiply(const Array& x, const Array& y, bool back, const core::Precision& how) const {
+// y = A x, or A^T x where `back`, of x as the weight is stored: W^T, column by column.
+void DenseCuda::multiply_stored(const Array& x, const Array& y, bool back, Gemm kind) const {
   const bool by_w = plan_.transposed == back;
-  const int64_t inner = by_w ? k_ : d_;
-  const Gemm gemm_kind = how.products == Products::kTf32 ? Gemm::kTf32 : Gemm::kAsIs;
-  const auto multiply_runs = [&](const Matrices& from, const Matrices& to) {
-    for_runs(positions_, [&](int64_t b, int64_t position, int64_t count) {
-      gemm(*context_, {slice(weights_, position, count), by_w}, {slice(from, b, count)}, slice(to, b, count), inner, 1,
-           0, gemm_kind);
-    });
-  };
-  if (how.products != Products::kBFloat16) return multiply_runs(x, y);
-  const Array terms = array(padded(x.rows), how.terms * x.cols, Type::kBFloat16);
-  split_terms(x, how.terms, terms, stream());
-  if (how.terms == 1) return multiply_runs(terms, y);
-  const Array products = array(y.rows, terms.cols, Type::kFloat32);
-  multiply_runs(terms, products);
-  sum_terms(products, how.terms, y, stream());
+  for_runs(positions_, [&](int64_t b, int64_t position, int64_t count) {
+    gemm(*context_, {slice(weights_, position, count), by_w}, {slice(x, b, count)}, slice(y, b, count), by_w ? k_ : d_,
+         1, 0, kind);
+  });
 }
 
-DenseCuda::Array DenseCuda::transposed_times(const Array& y) const {
-  const Array z = empty(plan_.cols, y.cols);
-  multiply(y, z, /*back=*/true, iteration_);
-  return z;
+DenseCuda::Array DenseCuda::split(const Array& x, int terms, const Array* which) const {
+  const Array made = array(padded(x.rows), terms * (which ? which->cols : x.cols), Type::kBFloat16);
+  split_terms(x, which ? which->as<int>() : nullptr, terms, made, stream());
+  return made;
+}
+
+void DenseCuda::multiply_terms(const Array& terms, const Array& y, bool back, int count, const Array* next,
+                               double* norms) const {
+  if (count == 1) {
+    multiply_stored(terms, y, back, Gemm::kAsIs);
+    if (!next) return;
+    split_terms(y, nullptr, count, *next, stream());
+    return cuda::column_norms(y, norms, stream());
+  }
+  const Array products = array(y.rows, terms.cols, Type::kFloat32);
+  multiply_stored(terms, products, back, Gemm::kAsIs);
+  if (!next) return sum_terms(products, count, y, stream());
+  sum_and_split_terms(products, count, y, *next, norms, stream());
+}
+
+void DenseCuda::multiply(const Array& x, const Array& y, bool back, const core::Precision& how, Gemm kind) const {
+  if (how.products == Products::kTf32) kind = Gemm::kTf32;
+  if (how.products != Products::kBFloat16) return multiply_stored(x, y, back, kind);
+  multiply_terms(split(x, how.terms), y, back, how.terms);
 }
 
 DenseCuda::Array DenseCuda::transposed_times_exactly(const Array& y) const {
   const Array z = empty(plan_.cols, y.cols);
-  multiply(y, z, /*back=*/true, exact_);
+  multiply(y, z, /*back=*/true, exact_, Gemm::kPedantic);
   return z;
 }
 
-DenseCuda::Array DenseCuda::times_and_back(const Array& x, const Array& y) const {
-  times(x, y);
-  return transposed_times(y);
+std::pair<DenseCuda::Array, DenseCuda::Array> DenseCuda::times_and_back(const Array& x, const Array& y,
+                                                                        const Array& place) const {
+  const int terms = iteration_.terms;
+  if (iteration_.products != Products::kBFloat16) {
+    times(x, y);
+    multiply(y, place, /*back=*/true, iteration_);
+    return {place, column_norms(y)};
+  }
+  const Array next = array(padded(y.rows), terms * y.cols, Type::kBFloat16), norms = array(1, y.cols, Type::kFloat64);
+  multiply_terms(split(x, terms), y, /*back=*/false, terms, &next, norms.as<double>());
+  multiply_terms(next, place, /*back=*/true, terms);
+  return {place, norms};
 }
 
 DenseCuda::Array DenseCuda::product(const Array& x, const Array& q) const {
@@ -189,8 +211,14 @@ void DenseCuda::project_out(const Array& z, const Array& v) const {
   gemm(*context_, {v}, {inside}, z, v.cols, -1, 1);
 }
 
-void DenseCuda::rotate(const Array& v, const Array& q, int64_t width, int64_t keep) const {
-  copy(columns(v, 0, keep), product(columns(v, 0, width), columns(q, 0, keep)));
+void DenseCuda::rotate(const Array& v, const Array& y, const Array& q, int64_t width, int64_t keep) const {
+  const Array factor = empty(width, keep);
+  copy(factor, columns(q, 0, keep));
+  for (const Array* const a : {&v, &y}) {
+    const Array rotated = empty(a->rows, keep);
+    gemm(*context_, {columns(*a, 0, width)}, {factor}, rotated, width);
+    copy(columns(*a, 0, keep), rotated);
+  }
 }
 
 // y^T y in float64, a part of the batch at a time: [c, c].

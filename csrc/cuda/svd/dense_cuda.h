@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // The Dense algebra (core/dense.h) on cuBLAS and cuSOLVER. No torch: addresses, sizes and a Context.
 //
-// Everything is queued on the context's stream. The host waits in relative_size() and report() alone, once each. What a
+// Everything is queued on the context's stream. The host waits in relative_size() and report() alone, once each; and in
+// cuSOLVER's Xsyevd, where gram_vectors() gives it one large matrix or the library is too old for XsyevBatched. What a
 // solver reports as failed marks its matrix for good: it is never certified.
 #pragma once
 #include <cstdint>
@@ -26,6 +27,10 @@ struct CudaArray : Matrices {
   }
 };
 
+// Of float32 products. kAsIs: no TF32 unless the environment forces it (NVIDIA_TF32_OVERRIDE); kPedantic: not even
+// then.
+enum class Gemm { kAsIs, kTf32, kPedantic };
+
 struct DenseOptions {
   bool float64_work = false;  // products in float64, whatever the weights
   double tol = 1e-3;
@@ -36,7 +41,8 @@ struct DenseOptions {
 class DenseCuda {
  public:
   using Array = CudaArray;
-  // Cholesky QR with a shift, then twice without need of it (shifted CholeskyQR3: Fukaya et al., arXiv 1809.11085).
+  // Cholesky QR with a shift, then twice without need of it (shifted CholeskyQR3: Fukaya et al., arXiv 1809.11085). The
+  // third changes nothing where the second has found orthonormal columns, and orthonormalise() leaves it out there.
   static constexpr int kRounds = 3;
   static constexpr bool kLockstep = true;  // a batch of matrices iterates together
 
@@ -51,7 +57,7 @@ class DenseCuda {
   // -- storage (dense_cuda.cpp) ---------------------------------------------------------------------------------------
   Array empty(int64_t rows, int64_t cols) const { return array(rows, cols, work_); }
   static Array columns(const Array& a, int64_t begin, int64_t count);
-  void copy(const Array& target, const Array& source) const { cuda::copy(source, target, stream()); }
+  void copy(const Array& target, const Array& source) const;  // nothing to do where they are one
   Array clone(const Array& a) const;
   Array select(const Array& a, const std::vector<int64_t>& positions) const;
   void insert(const Array& target, int64_t b, const Array& source, int64_t from) const;
@@ -59,13 +65,14 @@ class DenseCuda {
 
   // -- products (dense_cuda.cpp) --------------------------------------------------------------------------------------
   void times(const Array& x, const Array& y) const { multiply(x, y, /*back=*/false, iteration_); }  // y = A x
-  void times_exactly(const Array& x, const Array& y) const { multiply(x, y, /*back=*/false, exact_); }
-  Array transposed_times(const Array& y) const;  // A^T y
-  Array transposed_times_exactly(const Array& y) const;
-  Array times_and_back(const Array& x, const Array& y) const;  // y = A x; A^T y
+  void times_exactly(const Array& x, const Array& y) const { multiply(x, y, /*back=*/false, exact_, Gemm::kPedantic); }
+  Array transposed_times_exactly(const Array& y) const;  // A^T y
+  // y = A x; A^T y, made in `place`, and the lengths of y's columns.
+  std::pair<Array, Array> times_and_back(const Array& x, const Array& y, const Array& place) const;
   Array product(const Array& x, const Array& q) const;
-  void project_out(const Array& z, const Array& v) const;                          // z -= v (v^T z)
-  void rotate(const Array& v, const Array& q, int64_t width, int64_t keep) const;  // v[:, :keep] = v[:, :width] q
+  void project_out(const Array& z, const Array& v) const;  // z -= v (v^T z)
+  // v[:, :keep] = v[:, :width] q[:, :keep], and y the same.
+  void rotate(const Array& v, const Array& y, const Array& q, int64_t width, int64_t keep) const;
 
   // -- orthonormalisation (dense_cuda_factor.cpp) ---------------------------------------------------------------------
   Array orthonormal_gaussian();
@@ -73,14 +80,17 @@ class DenseCuda {
   Array zero_norms(int64_t count) const;
   Array column_norms(const Array& a) const;  // float64 [B, 1, cols]
   void drop_noise(const Array& z, const Array& norms);
+  // One round; at most kMostColumns columns are changed in place, others come in an array of their own.
   double cholesky_qr(Array& z);
+  void orthonormalise(Array& z, const Array& v, const Array& norms);
   Array take_lengths(const Array& a);
 
   // -- Rayleigh-Ritz (dense_cuda_factor.cpp) --------------------------------------------------------------------------
   std::pair<Array, Array> gram_eigen(const Array& y);
   Array largest_value(const Array& y) const;
   Array largest_tails(const Array& q, int64_t block, int64_t rank) const;
-  Array ritz_residuals(const Array& v, const Array& y, const Array& lambda, const Array& which) const;
+  Array ritz_residuals(const Array& v, const Array& y, const Array& lambda, const Array& which,
+                       const Array& place) const;  // made in `place`
   Array ritz_values(const Array& lambda, const Array& which) const;
   std::vector<double> relative_size(const Array& r, const Array& lambda, const Array& which) const;
   // A basis [B, cols, rank] of the leading right singular vectors, from the eigenvectors of A^T A.
@@ -112,7 +122,16 @@ class DenseCuda {
   Array wide(const Matrices& a) const;  // a itself, or a copy, in float64
   Random random() { return {keys_.as<uint64_t>(), draws_++}; }
 
-  void multiply(const Array& x, const Array& y, bool back, const core::Precision& how) const;
+  Noise noise(const Array& norms);
+  void cholesky_round(const Array& z, const Noise& noise, const int* wanted, int* again);
+  void cholesky_qr_by_libraries(Array& z);
+
+  void multiply(const Array& x, const Array& y, bool back, const core::Precision& how, Gemm kind = Gemm::kAsIs) const;
+  void multiply_stored(const Array& x, const Array& y, bool back, Gemm kind) const;
+  Array split(const Array& x, int terms, const Array* which = nullptr) const;
+  // y = A x or A^T x of terms of x; with `next`, their terms of y and the lengths of its columns.
+  void multiply_terms(const Array& terms, const Array& y, bool back, int count, const Array* next = nullptr,
+                      double* norms = nullptr) const;
   Array gram(const Array& y) const;
   Eigen eigen(const Array& gram) const;
   Array residual_product(const Array& u) const;
@@ -139,7 +158,6 @@ struct Operand {
   Matrices matrices;  // as it is stored
   bool transposed = false;
 };
-enum class Gemm { kAsIs, kTf32 };  // kAsIs: float32 without tensor cores, bfloat16 summed in float32, float64
 // c = alpha a b + beta c; c's shape decides, `inner` is the length of the sums. Leading dimensions: the stored rows.
 void gemm(const Context& context, const Operand& a, const Operand& b, const Matrices& c, int64_t inner,
           double alpha = 1, double beta = 0, Gemm how = Gemm::kAsIs);

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cmath>
 
+#include "core/orthonormalise.h"
 #include "cuda/svd/dense_cuda.h"
 
 namespace osora::cuda {
@@ -11,6 +12,12 @@ namespace {
 // On the diagonal of a Gram matrix of unit columns, summed in float64: above what its sum and its factorisation lose,
 // so that dependent columns get a small pivot and not a failure.
 double shift(int64_t cols) { return 1e-13 + static_cast<double>(cols) * 0x1p-52; }
+
+// Of a Gram matrix. XsyevBatched is published to win up to some 1500 (docs/cuda.md); beyond, Xsyevd one by one.
+constexpr int64_t kLargestBatchedEigen = 1536;
+
+// A pivot at the rounding level leaves a column of noise, which the next round must find replaced by a random one.
+double least_pivot(double epsilon) { return std::max(64 * epsilon, 1e-6); }
 
 }  // namespace
 
@@ -42,15 +49,51 @@ DenseCuda::Array DenseCuda::column_norms(const Array& a) const {
   return norms;
 }
 
-void DenseCuda::drop_noise(const Array& z, const Array& norms) {
+Noise DenseCuda::noise(const Array& norms) {
   // Until Rayleigh-Ritz tells sigma_1: of all blocks so far, since a block of noise has norms of noise alone.
   if (!ritz_) raise_to_largest(norms.as<double>(), norms.cols, batch(), sigma_.as<double>(), stream());
   // 16 epsilon: a column at that level is rounding; ten times more stalls convergence, none at all keeps noise.
-  unit_columns(z, {16 * epsilon(), sigma_.as<double>(), norms.as<double>()}, random(), nullptr, stream());
+  return {16 * epsilon(), sigma_.as<double>(), norms.as<double>()};
+}
+
+void DenseCuda::drop_noise(const Array& z, const Array& norms) {
+  unit_columns(z, noise(norms), random(), nullptr, stream());
+}
+
+// The second round finds how well conditioned its input was, and the third is made of kernels that leave the matrices
+// alone that have no need of it: the host does not wait to know.
+void DenseCuda::orthonormalise(Array& z, const Array& v, const Array& norms) {
+  if (z.cols > kMostColumns) return core::orthonormalise_in_rounds(*this, z, v, norms);
+  const Array again = array(1, 1, Type::kInt32);
+  int* const wanted = again.as<int>();
+  project_out(z, v);
+  cholesky_round(z, noise(norms), nullptr, nullptr);
+  project_out(z, v);
+  cholesky_round(z, {}, nullptr, wanted);
+  const Array inside = array(v.cols * z.cols, row_strips(z.rows), Type::kFloat64);
+  inner_parts(v, z, wanted, inside.as<double>(), stream());
+  subtract_inside(v, inside.as<double>(), wanted, z, stream());
+  cholesky_round(z, {}, wanted, nullptr);
+}
+
+void DenseCuda::cholesky_round(const Array& z, const Noise& noise, const int* wanted, int* again) {
+  const Array parts = array(z.cols * z.cols, row_strips(z.rows), Type::kFloat64);
+  gram_parts(z, wanted, parts.as<double>(), stream());
+  solve_strips(z, parts.as<double>(), {noise, random(), shift(z.cols), least_pivot(epsilon()), wanted, again},
+               stream());
 }
 
 // The condition is not measured: that would wait for the device. All rounds are made.
 double DenseCuda::cholesky_qr(Array& z) {
+  if (z.cols > kMostColumns) {
+    cholesky_qr_by_libraries(z);
+  } else {
+    cholesky_round(z, {}, nullptr, nullptr);
+  }
+  return 0;
+}
+
+void DenseCuda::cholesky_qr_by_libraries(Array& z) {
   const int64_t n = z.cols;
   unit_columns(z, {}, random(), nullptr, stream());
   const Array factor = gram(z), inverse = array(n, n, Type::kFloat64), scaled = empty(n, n);
@@ -69,14 +112,11 @@ double DenseCuda::cholesky_qr(Array& z) {
                            size, size, &one, reinterpret_cast<double**>(factors), size,
                            reinterpret_cast<double**>(inverses), size, count),
         "cublasDtrsmBatched");
-  // A pivot at the rounding level leaves a column of noise: zero, so that the next round draws a random one.
-  const double least = std::max(64 * epsilon(), 1e-6);
-  usable_inverse(factor, inverse, info.as<int>(), least, failed_.as<int>(), scaled, stream());
+  usable_inverse(factor, inverse, info.as<int>(), least_pivot(epsilon()), failed_.as<int>(), scaled, stream());
   const Array made = empty(z.rows, n);
   // Orthonormal columns come out as they were: the shift has made the factor longer by this.
   gemm(*context_, {z}, {scaled, true}, made, n, std::sqrt(1 + shift(n)));
   z = made;
-  return 0;
 }
 
 DenseCuda::Array DenseCuda::take_lengths(const Array& a) {
@@ -106,19 +146,22 @@ DenseCuda::Array DenseCuda::largest_value(const Array& y) const { return eigen(g
 
 DenseCuda::Array DenseCuda::largest_tails(const Array& q, int64_t block, int64_t rank) const {
   const int64_t count = std::max(rank, block);  // then the numbers below block are all of them
-  const Array tail = array(1, count, Type::kFloat64), which = array(1, block, Type::kInt32);
-  tails(q, block, count, tail.as<double>(), stream());
-  largest_first(tail.as<double>(), count, block, batch(), which.as<int>(), stream());
+  const Array tails = array(1, count, Type::kFloat64), which = array(1, block, Type::kInt32);
+  longest_tails(q, block, count, tails.as<double>(), which.as<int>(), stream());
   return which;
 }
 
-DenseCuda::Array DenseCuda::ritz_residuals(const Array& v, const Array& y, const Array& lambda,
-                                           const Array& which) const {
-  const Array picked = empty(y.rows, which.cols);
-  gather_columns(y, which.as<int>(), picked, stream());
-  const Array r = transposed_times(picked);
-  subtract_ritz(v, lambda, which.as<int>(), r, stream());
-  return r;
+DenseCuda::Array DenseCuda::ritz_residuals(const Array& v, const Array& y, const Array& lambda, const Array& which,
+                                           const Array& place) const {
+  if (iteration_.products == core::Products::kBFloat16) {
+    multiply_terms(split(y, iteration_.terms, &which), place, /*back=*/true, iteration_.terms);
+  } else {
+    const Array picked = empty(y.rows, which.cols);
+    gather_columns(y, which.as<int>(), picked, stream());
+    multiply(picked, place, /*back=*/true, iteration_);
+  }
+  subtract_ritz(v, lambda, which.as<int>(), place, stream());
+  return place;
 }
 
 DenseCuda::Array DenseCuda::ritz_values(const Array& lambda, const Array& which) const {
@@ -137,16 +180,28 @@ std::vector<double> DenseCuda::relative_size(const Array& r, const Array& lambda
   return host;
 }
 
+// As many at once as the temporary bytes allow: XsyevBatched takes matrices of this size well, Xsyevd is made for
+// larger.
 DenseCuda::Array DenseCuda::gram_vectors() {
   const int64_t n = plan_.cols;
   const Type summed = weights_.type == Type::kFloat64 ? Type::kFloat64 : Type::kFloat32;
   const Array made = empty(n, plan_.rank), w = array(1, n, summed), info = array(1, 1, Type::kInt32);
-  for (int64_t b = 0; b < batch(); ++b) {
-    const Array square = array(n, n, summed, 1);
-    const Matrices a = slice(weights_, positions_[b], 1);
-    gemm(*context_, {a, plan_.transposed}, {a, !plan_.transposed}, square, plan_.rows);
-    symmetric_eigenvectors_one(*context_, square, w.as<char>() + b * n * size_of(summed), info.as<int>() + b);
-    cuda::copy(columns(square, n - plan_.rank, plan_.rank), slice(made, b, 1), stream());
+  const int64_t together =
+      n > kLargestBatchedEigen ? 1 : std::max<int64_t>(1, temporary_bytes_ / (n * n * size_of(summed)));
+  for (int64_t b = 0, count = 0; b < batch(); b += count) {
+    count = 1;
+    while (count < together && b + count < batch() && positions_[b + count] == positions_[b] + count) ++count;
+    const Array square = array(n, n, summed, count);
+    const Matrices a = slice(weights_, positions_[b], count);
+    gemm(*context_, {a, plan_.transposed}, {a, !plan_.transposed}, square, plan_.rows, 1, 0, Gemm::kPedantic);
+    void* const values = w.as<char>() + b * n * size_of(summed);
+    int* const infos = info.as<int>() + b;
+    if (count > 1) {
+      symmetric_eigenvectors(*context_, square, values, infos);
+    } else {
+      symmetric_eigenvectors_one(*context_, square, values, infos);
+    }
+    cuda::copy(columns(square, n - plan_.rank, plan_.rank), slice(made, b, count), stream());
   }
   mark_failures(info.as<int>(), batch(), failed_.as<int>(), stream());
   return made;

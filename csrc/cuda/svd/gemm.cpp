@@ -9,11 +9,11 @@ cudaDataType data_type(Type type) {
   return type == Type::kFloat32 ? CUDA_R_32F : CUDA_R_16BF;
 }
 
-// Pedantic: no TF32 and no emulation, whatever the environment says.
+// bfloat16 is summed in float32.
 cublasComputeType_t compute_type(Type type, Gemm how) {
   if (type == Type::kFloat64) return CUBLAS_COMPUTE_64F;
   if (how == Gemm::kTf32) return CUBLAS_COMPUTE_32F_FAST_TF32;
-  return type == Type::kFloat32 ? CUBLAS_COMPUTE_32F_PEDANTIC : CUBLAS_COMPUTE_32F;
+  return how == Gemm::kPedantic && type == Type::kFloat32 ? CUBLAS_COMPUTE_32F_PEDANTIC : CUBLAS_COMPUTE_32F;
 }
 
 cublasOperation_t operation(const Operand& a) { return a.transposed ? CUBLAS_OP_T : CUBLAS_OP_N; }

@@ -1,6 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
 // The weights, moves, random numbers and lengths of columns.
-#include <cfloat>
 #include <cmath>
 
 #include "core/philox.h"
@@ -172,20 +171,27 @@ struct Gather {
   }
 };
 
+// number -> terms[0] + terms[cols] + ..., to 8 bits each, at `row` of column j.
+__device__ __forceinline__ void split_number(float number, int terms, const View<__nv_bfloat16>& out, int64_t b,
+                                             int64_t cols, int64_t j, int64_t row) {
+  for (int t = 0; t < terms; ++t) {
+    __nv_bfloat16 term;
+    narrow(number, term);
+    number -= widen(term);  // exact: the rounding error of a float32 number is one
+    out.column(b, t * cols + j)[row] = term;
+  }
+}
+
 struct Split {
   View<const float> from;
+  const int* which;
+  int64_t cols;
   int terms;
   View<__nv_bfloat16> out;
   __device__ void operator()(int64_t b, int64_t j) const {
-    const float* const source = from.column(b, j);
+    const float* const source = from.column(b, which ? which[b * cols + j] : j);
     for (int64_t i = threadIdx.x; i < out.rows; i += kThreads) {
-      float rest = i < from.rows ? source[i] : 0;
-      for (int t = 0; t < terms; ++t) {
-        __nv_bfloat16 term;
-        narrow(rest, term);
-        rest -= widen(term);  // exact: the rounding error of a float32 number is one
-        out.column(b, t * from.cols + j)[i] = term;
-      }
+      split_number(i < from.rows ? source[i] : 0, terms, out, b, cols, j, i);
     }
   }
 };
@@ -194,23 +200,30 @@ struct SumTerms {
   View<const float> from;
   int terms;
   View<float> out;
+  View<__nv_bfloat16> next;
+  double* norms;
   __device__ void operator()(int64_t b, int64_t j) const {
     const float* const first = from.column(b, j);
     const float* const second = from.column(b, out.cols + j);
     const float* const third = from.column(b, (terms - 1) * out.cols + j);
     float* const target = out.column(b, j);
+    double squares = 0;
     for (int64_t i = threadIdx.x; i < out.rows; i += kThreads) {
-      target[i] = first[i] + (terms == 3 ? second[i] + third[i] : second[i]);
+      const float sum = first[i] + (terms == 3 ? second[i] + third[i] : second[i]);
+      target[i] = sum;
+      squares = multiply_add(static_cast<double>(sum), static_cast<double>(sum), squares);
+      if (next.data) split_number(sum, terms, next, b, out.cols, j, i);
     }
+    if (!next.data) return;
+    for (int64_t i = out.rows + threadIdx.x; i < next.rows; i += kThreads) {
+      split_number(0, terms, next, b, out.cols, j, i);
+    }
+    squares = block_reduce(squares, Sum());
+    if (threadIdx.x == 0) norms[b * out.cols + j] = sqrt(squares);
   }
 };
 
 // -- columns ----------------------------------------------------------------------------------------------------------
-
-__device__ __forceinline__ double normal_number(const Random& random, int64_t b, int64_t index) {
-  const auto pair = core::normal_pair(static_cast<uint64_t>(index / 2), random.keys[b], random.stream_number);
-  return index % 2 ? pair.at[1] : pair.at[0];
-}
 
 template <class T>
 struct Normal {
@@ -246,16 +259,6 @@ struct RaiseToLargest {
   }
 };
 
-// Below the least normal float32 number a column is noise whatever the rule.
-__device__ __forceinline__ double noise_limit(const Noise& noise, int64_t b, int64_t j, int64_t cols) {
-  const double scale = noise.scale ? noise.scale[b] : 0;
-  if (!noise.norms) return noise.level * scale + FLT_MIN;
-  double seen = scale;
-  for (int64_t c = threadIdx.x; c < cols; c += kThreads) seen = Largest()(noise.norms[b * cols + c], seen);
-  seen = noise.level * block_reduce(seen, Largest());
-  return seen * Largest()(noise.norms[b * cols + j], seen) + FLT_MIN;
-}
-
 template <class T>
 struct Unit {
   View<T> matrices;
@@ -266,7 +269,8 @@ struct Unit {
     T* const column = matrices.column(b, j);
     double norm = length(column, matrices.rows);
     if (lengths && threadIdx.x == 0) lengths[b * matrices.cols + j] = norm;
-    if (!(norm > noise_limit(noise, b, j, matrices.cols) && norm < INFINITY)) {
+    const double level = noise_level(noise, b, matrices.cols);
+    if (!(norm > noise_limit(noise, level, b, j, matrices.cols) && norm < INFINITY)) {
       for (int64_t i = threadIdx.x; i < matrices.rows; i += kThreads) {
         column[i] = static_cast<T>(normal_number(random, b, i * matrices.cols + j));
       }
@@ -330,12 +334,19 @@ void gather_columns(const Matrices& from, const int* which, const Matrices& out,
   });
 }
 
-void split_terms(const Matrices& from, int terms, const Matrices& out, Stream stream) {
-  for_columns(Split{View<const float>(from), terms, View<__nv_bfloat16>(out)}, from.cols, from.batch, stream);
+void split_terms(const Matrices& from, const int* which, int terms, const Matrices& out, Stream stream) {
+  const int64_t cols = out.cols / terms;
+  for_columns(Split{View<const float>(from), which, cols, terms, View<__nv_bfloat16>(out)}, cols, from.batch, stream);
 }
 
 void sum_terms(const Matrices& from, int terms, const Matrices& out, Stream stream) {
-  for_columns(SumTerms{View<const float>(from), terms, View<float>(out)}, out.cols, out.batch, stream);
+  sum_and_split_terms(from, terms, out, Matrices(), nullptr, stream);
+}
+
+void sum_and_split_terms(const Matrices& from, int terms, const Matrices& out, const Matrices& next, double* norms,
+                         Stream stream) {
+  for_columns(SumTerms{View<const float>(from), terms, View<float>(out), View<__nv_bfloat16>(next), norms}, out.cols,
+              out.batch, stream);
 }
 
 void fill_normal(const Matrices& out, const Random& random, Stream stream) {

@@ -54,10 +54,14 @@ void matrix_addresses(const Matrices& matrices, void** out, Stream stream);
 void copy(const Matrices& from, const Matrices& out, Stream stream);
 // out[:, j] = from[:, which[j]]; which: Int32 [batch, out.cols].
 void gather_columns(const Matrices& from, const int* which, const Matrices& out, Stream stream);
-// float32 [n, cols] -> bfloat16 [ld, terms * cols], whose sum over the terms is `from` to 8 bits per term.
-void split_terms(const Matrices& from, int terms, const Matrices& out, Stream stream);
+// float32 [n, cols] -> bfloat16 [ld, terms * cols], whose sum over the terms is `from` to 8 bits per term; of the
+// columns which [batch, cols], if it is not null.
+void split_terms(const Matrices& from, const int* which, int terms, const Matrices& out, Stream stream);
 // float32 [n, terms * cols] -> the sum over the terms, the smallest first; terms is 2 or 3.
 void sum_terms(const Matrices& from, int terms, const Matrices& out, Stream stream);
+// The same; and the sum split again, and the lengths of its columns [batch, cols].
+void sum_and_split_terms(const Matrices& from, int terms, const Matrices& out, const Matrices& next, double* norms,
+                         Stream stream);
 
 // -- columns ----------------------------------------------------------------------------------------------------------
 // Number i * cols + j of `stream_number` and of matrix b's key goes to row i, column j: as in core/philox.h.
@@ -80,6 +84,30 @@ void raise_to_largest(const double* values, int64_t count, int64_t batch, double
 // Columns to length one; noise, zero and NaN are replaced by random ones. lengths [batch, cols]: before; may be null.
 void unit_columns(const Matrices& matrices, const Noise& noise, const Random& random, double* lengths, Stream stream);
 
+// -- Cholesky QR of at most kMostColumns columns (svd_orthogonal.cu) --------------------------------------------------
+constexpr int64_t kMostColumns = 64;
+constexpr double kWellConditioned = 0.7;
+int64_t row_strips(int64_t rows);  // that a matrix is cut into
+// Each of these leaves matrices alone whose wanted[b] is 0; `wanted` may be null.
+// Gram matrices of the strips in float64: [batch, strips, cols, cols].
+void gram_parts(const Matrices& z, const int* wanted, double* parts, Stream stream);
+// z = z D^-1 L^-T with L L^T = D^-1 z^T z D^-1 + shift I and the lengths D of the columns, from gram_parts(). A column
+// that is noise, zero or NaN, or whose pivot is <= least, becomes one of random(), of a length near one, and has no
+// part in the others. again[b] (may be null): 0 if the smallest pivot times its column's length is above
+// kWellConditioned.
+struct CholeskyRound {
+  Noise noise;
+  Random random;
+  double shift, least;
+  const int* wanted;
+  int* again;
+};
+void solve_strips(const Matrices& z, const double* parts, const CholeskyRound& round, Stream stream);
+// v^T z of the strips in float64: [batch, strips, columns of z, columns of v].
+void inner_parts(const Matrices& v, const Matrices& z, const int* wanted, double* parts, Stream stream);
+// z -= v (the sum of inner_parts()).
+void subtract_inside(const Matrices& v, const double* parts, const int* wanted, const Matrices& z, Stream stream);
+
 // -- Cholesky, eigenvectors -------------------------------------------------------------------------------------------
 // gram += shift I; identity = I.
 void shift_gram(const Matrices& gram, double shift, const Matrices& identity, Stream stream);
@@ -97,8 +125,9 @@ void mark_failures(const int* info, int64_t batch, int* failed, Stream stream);
 void gram_defects(const Matrices& gram, double* out, Stream stream);
 
 // -- Rayleigh-Ritz ----------------------------------------------------------------------------------------------------
-// out[j] = the length of the last `block` rows of column j, for the first `count` columns: [batch, count].
-void tails(const Matrices& q, int64_t block, int64_t count, double* out, Stream stream);
+// The numbers of those `block` of the first `count` columns, count >= block, whose last `block` rows are the longest,
+// the longest first: [batch, block]. tails: scratch [batch, count].
+void longest_tails(const Matrices& q, int64_t block, int64_t count, double* tails, int* out, Stream stream);
 // The numbers of the `keep` largest of values [batch, count], the largest first: [batch, keep].
 void largest_first(const double* values, int64_t count, int64_t keep, int64_t batch, int* out, Stream stream);
 // r[:, j] -= v[:, which[j]] lambda[which[j]].

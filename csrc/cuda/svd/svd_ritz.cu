@@ -89,13 +89,28 @@ struct Defect {
 
 // -- Rayleigh-Ritz ----------------------------------------------------------------------------------------------------
 
-struct Tails {
+// A NaN would break the order, and leave places without a number.
+__device__ __forceinline__ double ordered(double x) { return x < INFINITY ? x : INFINITY; }
+
+struct LongestTails {
   View<const double> q;
   int64_t block, count;
-  double* out;
-  __device__ void operator()(int64_t b, int64_t j) const {
-    const double tail = length(q.column(b, j) + (q.rows - block), block);
-    if (threadIdx.x == 0) out[b * count + j] = tail;
+  double* tails;
+  int* out;
+  __device__ void operator()(int64_t b, int64_t) const {
+    double* const mine = tails + b * count;
+    for (int64_t j = threadIdx.x; j < count; j += kThreads) {
+      const double* const tail = q.column(b, j) + (q.rows - block);
+      double squares = 0;
+      for (int64_t i = 0; i < block; ++i) squares = multiply_add(tail[i], tail[i], squares);
+      mine[j] = ordered(squares);
+    }
+    __syncthreads();
+    for (int64_t j = threadIdx.x; j < count; j += kThreads) {
+      int64_t place = 0;
+      for (int64_t i = 0; i < count; ++i) place += mine[i] > mine[j] || (mine[i] == mine[j] && i < j);
+      if (place < block) out[b * block + place] = static_cast<int>(j);
+    }
   }
 };
 
@@ -103,16 +118,11 @@ struct LargestFirst {
   const double* values;
   int64_t count, keep;
   int* out;
-  // A NaN would break the order, and leave places without a number.
-  __device__ __forceinline__ double value(int64_t b, int64_t i) const {
-    const double x = values[b * count + i];
-    return x < INFINITY ? x : INFINITY;
-  }
   __device__ void operator()(int64_t b, int64_t j) const {
-    const double mine = value(b, j);
+    const double mine = ordered(values[b * count + j]);
     double before = 0;
     for (int64_t i = threadIdx.x; i < count; i += kThreads) {
-      const double other = value(b, i);
+      const double other = ordered(values[b * count + i]);
       before += other > mine || (other == mine && i < j);
     }
     const int64_t place = static_cast<int64_t>(block_reduce(before, Sum()));
@@ -266,8 +276,8 @@ void gram_defects(const Matrices& gram, double* out, Stream stream) {
   for_columns(Defect{View<const double>(gram), out}, 1, gram.batch, stream);
 }
 
-void tails(const Matrices& q, int64_t block, int64_t count, double* out, Stream stream) {
-  for_columns(Tails{View<const double>(q), block, count, out}, count, q.batch, stream);
+void longest_tails(const Matrices& q, int64_t block, int64_t count, double* tails, int* out, Stream stream) {
+  for_columns(LongestTails{View<const double>(q), block, count, tails, out}, 1, q.batch, stream);
 }
 
 void largest_first(const double* values, int64_t count, int64_t keep, int64_t batch, int* out, Stream stream) {

@@ -2,8 +2,10 @@
 // One kernel in many guises: each step of svd_kernels.cu and svd_ritz.cu is a struct with one function, which says what
 // a block of kThreads does with column j of matrix b.
 #pragma once
+#include <cfloat>
 #include <cmath>
 
+#include "core/philox.h"
 #include "cuda/common/half.cuh"
 #include "cuda/common/launch.h"
 #include "cuda/common/reduce.cuh"
@@ -55,6 +57,24 @@ __device__ __forceinline__ double length(const T* column, int64_t rows) {
     squares += x * x;
   }
   return sqrt(block_reduce(squares, Sum()));
+}
+
+__device__ __forceinline__ double normal_number(const Random& random, int64_t b, int64_t index) {
+  const auto pair = core::normal_pair(static_cast<uint64_t>(index / 2), random.keys[b], random.stream_number);
+  return index % 2 ? pair.at[1] : pair.at[0];
+}
+
+// What is at the rounding level of a batch's columns, in every thread of its block; Noise says which columns are.
+__device__ __forceinline__ double noise_level(const Noise& noise, int64_t b, int64_t cols) {
+  double seen = noise.scale ? noise.scale[b] : 0;
+  if (!noise.norms) return noise.level * seen;
+  for (int64_t c = threadIdx.x; c < cols; c += kThreads) seen = Largest()(noise.norms[b * cols + c], seen);
+  return noise.level * block_reduce(seen, Largest());
+}
+
+// Below the least normal float32 number a column is noise whatever the rule.
+__device__ __forceinline__ double noise_limit(const Noise& noise, double level, int64_t b, int64_t j, int64_t cols) {
+  return (noise.norms ? level * Largest()(noise.norms[b * cols + j], level) : level) + FLT_MIN;
 }
 
 }  // namespace osora::cuda

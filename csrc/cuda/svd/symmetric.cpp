@@ -66,8 +66,10 @@ void symmetric_eigenvectors(const Context& context, const Matrices& a, void* w, 
       while (too_large()) count /= 2;
       const auto device = context.memory->allocate(size.device);
       std::vector<char> host(size.host);
-      // cuSOLVER 11.7.1 gives wrong vectors, silently, from a workspace that is not zero (pytorch#192483).
-      check(cudaMemsetAsync(device.get(), 0, size.device, context.stream), "cudaMemsetAsync");
+      // cuSOLVER before 11.7.3 gives wrong vectors, silently, from a workspace that is not zero (pytorch#192483).
+      if (solver_version() < 11703) {
+        check(cudaMemsetAsync(device.get(), 0, size.device, context.stream), "cudaMemsetAsync");
+      }
       check(cusolverDnXsyevBatched(context.solver, context.params, CUSOLVER_EIG_MODE_VECTOR, CUBLAS_FILL_MODE_LOWER,
                                    p.n, p.type, p.a, p.n, p.type, p.w, p.type, device.get(), size.device, host.data(),
                                    size.host, p.info, count),

@@ -7,6 +7,7 @@
 #include <cmath>
 #include <limits>
 
+#include "core/orthonormalise.h"
 #include "core/philox.h"
 #include "core/svd_verdict.h"
 #include "torch/common/numbers.h"
@@ -127,10 +128,13 @@ DenseAten::Array DenseAten::transposed_times(const Array& y) const {
   return z;
 }
 
-DenseAten::Array DenseAten::times_and_back(const Array& x, Array y) const {
-  if (!plan_.transposed && batch() == 1) return weights_[0]->times_and_back(x[0], y[0]).unsqueeze(0);
+std::pair<DenseAten::Array, DenseAten::Array> DenseAten::times_and_back(const Array& x, Array y, const Array&) const {
+  if (!plan_.transposed && batch() == 1) {
+    const Array back = weights_[0]->times_and_back(x[0], y[0]).unsqueeze(0);
+    return {back, column_norms(y)};
+  }
   times(x, y);
-  return transposed_times(y);
+  return {transposed_times(y), column_norms(y)};
 }
 
 DenseAten::Array DenseAten::product(const Array& a, const Array& q) const { return osora::product(a, q.to(work_)); }
@@ -147,9 +151,9 @@ void DenseAten::project_out(Array& z, const Array& v) const {
   rounded(z, v, inside);
 }
 
-void DenseAten::rotate(Array& v, const Array& q, int64_t width, int64_t keep) {
-  const auto rotated = osora::product(v.narrow(2, 0, width), q.narrow(2, 0, keep).to(v.scalar_type()));
-  v.narrow(2, 0, keep).copy_(rotated);
+void DenseAten::rotate(Array& v, Array& y, const Array& q, int64_t width, int64_t keep) {
+  const auto factor = q.narrow(2, 0, keep).to(v.scalar_type());
+  for (auto* const a : {&v, &y}) a->narrow(2, 0, keep).copy_(osora::product(a->narrow(2, 0, width), factor));
 }
 
 DenseAten::Array DenseAten::gaussian(int64_t rows, int64_t cols) {
@@ -229,6 +233,10 @@ void DenseAten::drop_noise(Array& z, const Array& norms) {
   refill(z, bad);
 }
 
+void DenseAten::orthonormalise(Array& z, const Array& v, const Array& norms) {
+  core::orthonormalise_in_rounds(*this, z, v, norms);
+}
+
 DenseAten::Array DenseAten::take_lengths(Array& left) {
   const auto s = at::linalg_vector_norm(left, 2, at::IntArrayRef{1}, true, at::kDouble);
   left = left / s.clamp_min(1e-300).to(work_).clamp_min(std::numeric_limits<float>::min());
@@ -250,8 +258,8 @@ DenseAten::Array DenseAten::largest_tails(const Array& q, int64_t block, int64_t
   return std::get<1>(tails.topk(block, 1));
 }
 
-DenseAten::Array DenseAten::ritz_residuals(const Array& v, const Array& y, const Array& lambda,
-                                           const Array& which) const {
+DenseAten::Array DenseAten::ritz_residuals(const Array& v, const Array& y, const Array& lambda, const Array& which,
+                                           const Array&) const {
   const auto pick = [&](const Array& a) {
     return a.gather(2, which.unsqueeze(1).expand({a.size(0), a.size(1), which.size(1)}));
   };

@@ -40,20 +40,23 @@ class DenseAten {
   DenseAten only(const std::vector<int64_t>& positions) const;                 // shares the weights
 
   // -- products -----------------------------------------------------------------------------------------------------
-  void times(const Array& x, Array y) const;            // y = A x
-  Array times_and_back(const Array& x, Array y) const;  // y = A x, returns A^T y
-  Array transposed_times(const Array& y) const;         // A^T y
+  void times(const Array& x, Array y) const;  // y = A x
+  // y = A x, returns A^T y, made in an array of its own, and the lengths of y's columns.
+  std::pair<Array, Array> times_and_back(const Array& x, Array y, const Array& place) const;
+  Array transposed_times(const Array& y) const;  // A^T y
   void times_exactly(const Array& x, Array y) const { times(x, y); }
   Array transposed_times_exactly(const Array& y) const { return transposed_times(y); }
-  Array product(const Array& a, const Array& q) const;                        // a q, q in float64
-  void project_out(Array& z, const Array& v) const;                           // z -= v (v^T z)
-  static void rotate(Array& v, const Array& q, int64_t width, int64_t keep);  // v[:, :keep] = v[:, :width] q[:, :keep]
+  Array product(const Array& a, const Array& q) const;  // a q, q in float64
+  void project_out(Array& z, const Array& v) const;     // z -= v (v^T z)
+  // v[:, :keep] = v[:, :width] q[:, :keep], and y the same.
+  static void rotate(Array& v, Array& y, const Array& q, int64_t width, int64_t keep);
 
   // -- orthonormalisation -------------------------------------------------------------------------------------------
   Array orthonormal_gaussian();                       // [B, cols, block]
   Array probe_gaussian(int64_t count, int64_t turn);  // [B, cols, count], of streams of its own
   Array zero_norms(int64_t count) const;              // [B, 1, count]
   static Array column_norms(const Array& a);          // [B, 1, cols]
+  void orthonormalise(Array& z, const Array& v, const Array& norms);
   // Columns of length one; what is rounding, measured by sigma_1 times `norms`, becomes Gaussian.
   void drop_noise(Array& z, const Array& norms);
   double cholesky_qr(Array& z) const;
@@ -62,7 +65,8 @@ class DenseAten {
   // -- Rayleigh-Ritz ------------------------------------------------------------------------------------------------
   std::pair<Array, Array> gram_eigen(const Array& y);  // Y^T Y in float64: eigenvalues (descending) and vectors
   static Array largest_tails(const Array& q, int64_t block, int64_t rank);
-  Array ritz_residuals(const Array& v, const Array& y, const Array& lambda, const Array& which) const;
+  Array ritz_residuals(const Array& v, const Array& y, const Array& lambda, const Array& which,
+                       const Array& place) const;                     // in an array of its own
   static Array ritz_values(const Array& lambda, const Array& which);  // singular values, [B, 1, count]
   std::vector<double> relative_size(const Array& r, const Array& lambda, const Array& which) const;
 

@@ -8,7 +8,8 @@ namespace osora::standins {
 namespace {
 
 constexpr int kFirstWithBatchedEigen = 11701;
-constexpr int64_t kLargestBatch = 32768;  // undocumented; larger ones have been seen to fail
+constexpr int kFirstWithoutNeedOfZeros = 11703;  // pytorch#192483
+constexpr int64_t kLargestBatch = 32768;         // undocumented; larger ones have been seen to fail
 
 // A [batch, n, n] with stride ld * n, W [batch, n] with stride n.
 struct Eigen {
@@ -138,7 +139,8 @@ cusolverStatus_t cusolverDnXsyevBatched(cusolverDnHandle_t handle, cusolverDnPar
                                         size_t device_bytes, void* host, size_t host_bytes, int* info, int64_t batch) {
   return run_solver("cusolverDnXsyevBatched", [&](const Call& call) {
     const Eigen e{jobz, uplo, n, type_a, a, ld, type_w, w, compute, batch};
-    solve(call, check_batched(handle, params, e), e, {device, device_bytes, host, host_bytes}, info, /*zeroed=*/true);
+    solve(call, check_batched(handle, params, e), e, {device, device_bytes, host, host_bytes}, info,
+          /*zeroed=*/settings().cusolver_version < kFirstWithoutNeedOfZeros);
   });
 }
 
