@@ -3,6 +3,7 @@
 // same words on every machine.
 #pragma once
 #include <cstdint>
+#include <stdexcept>
 
 #include "core/svd_plan.h"
 
@@ -19,5 +20,10 @@ void refuse_driver(SvdMethod method, int64_t d, int64_t k, int64_t rank, int64_t
 
 // The older drivers give the size of their workspace in an int, which overflows. Throws std::invalid_argument then.
 void refuse_workspace(SvdMethod method, int64_t numbers);
+
+// A driver ran and has no answer: it did not converge, or gave NaN.
+struct DriverFailed : std::runtime_error {
+  using std::runtime_error::runtime_error;
+};
 
 }  // namespace osora::core

@@ -75,10 +75,9 @@ void solve(Job<T>& job, Size size, Run run) {
   check(run(device, device_bytes, host.data(), host_bytes, info), job.name.c_str());
   int found = 0;
   read_back(job.context, &found, info, sizeof(int));
-  if (found == 0) return;
-  throw std::runtime_error("cuSOLVER's " + job.name +
-                           (found > 0 ? " did not converge (info = " : " found one of its arguments wrong (info = ") +
-                           std::to_string(found) + ")");
+  const std::string info_text = "(info = " + std::to_string(found) + ")";
+  if (found > 0) throw core::DriverFailed("cuSOLVER's " + job.name + " did not converge " + info_text);
+  if (found < 0) throw std::runtime_error("cuSOLVER's " + job.name + " found one of its arguments wrong " + info_text);
 }
 
 // The older interface: sizes in int, the workspace on the device alone and counted in numbers.

@@ -55,6 +55,8 @@ std::vector<double> norms_cuda(const std::vector<at::Tensor>& weights) {
 int64_t free_memory_cuda() {
   size_t free = 0, total = 0;
   C10_CUDA_CHECK(cudaMemGetInfo(&free, &total));
+  if (!c10::cuda::CUDACachingAllocator::get()->initialized())
+    return int64_t(free);  // all weights are another library's
   const auto stats = c10::cuda::CUDACachingAllocator::getDeviceStats(c10::cuda::current_device());
   constexpr size_t kAll = static_cast<size_t>(c10::CachingAllocator::StatType::AGGREGATE);
   return int64_t(free) + stats.reserved_bytes[kAll].current - stats.allocated_bytes[kAll].current;

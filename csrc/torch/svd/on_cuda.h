@@ -29,7 +29,8 @@ struct Factors {
 };
 
 // weight: a finite CUDA matrix [d, k] of a supported float dtype; method: kGesvd .. kGesvdr.
-// Throws std::invalid_argument where core::refuse_driver does, std::runtime_error where the driver fails.
+// Throws std::invalid_argument where core::refuse_driver does, core::DriverFailed where the driver ran and has no
+// answer.
 Factors svd_driver_cuda(const at::Tensor& weight, core::SvdMethod method, int64_t rank);
 
 // Frobenius norms of weights of one dtype and device; the host waits once. A ValueError where an entry is NaN or

@@ -36,7 +36,9 @@ inline cuda::Type cuda_type(at::ScalarType type) {
 // A copy, row by row, of one matrix that lies column by column at `array`. A vector [1, n] becomes [n].
 inline at::Tensor tensor_of(const cuda::CudaArray& array, const at::TensorOptions& options) {
   const auto typed = options.dtype(array.type == cuda::Type::kFloat64 ? at::kDouble : at::kFloat);
-  const auto view = at::from_blob(array.data, {array.rows, array.cols}, {1, array.rows}, typed);
+  const auto view = at::from_blob(
+      array.data, {array.rows, array.cols}, {1, array.rows}, [](void*) {}, typed,
+      typed.device());  // which needs no question to the driver
   return at::empty({array.rows, array.cols}, typed).copy_(view);
 }
 
