@@ -31,7 +31,8 @@ CARDS = ("80", "90", "100", "120")
 MAX_REGISTERS = 64
 # Eight rows of x (the third template argument): 16 sums and two packs of W a thread. Three blocks of them are resident,
 # which keep as many packs in flight as four that spill would.
-MORE_REGISTERS = {r"decode_expand_kernelILi\dELi\dELi8E": 80}
+# Strips of rows: up to 16 sums of float64 numbers a thread, three blocks.
+MORE_REGISTERS = {r"decode_expand_kernelILi\dELi\dELi8E": 80, "strips_kernel": 80}
 
 
 class Kernel(NamedTuple):

@@ -91,7 +91,7 @@ def test_a_batch_is_handed_down_at_once_as_far_as_it_fits(card):
         check(weights[4], found, 4)
     card(weights, method="lanczos", max_memory=3 * bytes_each)
     assert card.asked() == ["lanczos of 3 in Float", "lanczos of 2 in Float"]
-    with pytest.raises(ValueError, match=f"takes {bytes_each} bytes by method \"lanczos\", and max_memory is 5"):
+    with pytest.raises(ValueError, match=f'takes {bytes_each} bytes by method "lanczos", and max_memory is 5'):
         card(weights, method="lanczos", max_memory=5)
 
 

@@ -14,13 +14,14 @@ namespace {
 
 constexpr int kStrip = kThreads;  // rows: one per thread where they are solved
 constexpr int kTile = 64;         // of them in shared memory at a time
-constexpr int kSide = 16;         // threads stand in a square over the Gram matrix
-constexpr int kInside = 16;       // rows of V^T z in shared memory at a time
+constexpr int kSide = 16;         // threads stand in a square over a matrix of the columns
+constexpr int kTogether = 8;      // columns that a thread makes at a time, of its row
+constexpr int kInside = 64;       // rows of V^T z in shared memory at a time
 constexpr int kReduce = block_reduce_bytes(kThreads) / 8;
 
-// As columns_kernel, with room for the registers of a row.
+// Three blocks on one SM: 16 sums of 64-bit numbers and what they are made of want some 80 registers.
 template <class Step>
-__global__ void __launch_bounds__(kThreads, 1) strips_kernel(Step step, unsigned strips) {
+__global__ void __launch_bounds__(kThreads, 3) strips_kernel(Step step, unsigned strips) {
   step(blockIdx.x / strips, blockIdx.x % strips);
 }
 
@@ -83,8 +84,7 @@ struct GramParts {
   }
 };
 
-// kMost >= z.cols: the size of the arrays.
-template <class T, int kMost>
+template <class T>
 struct SolveStrip {
   View<T> z;
   int64_t strips;
@@ -96,41 +96,39 @@ struct SolveStrip {
   int* again;
 
   // 1 / |column|, or 0 for what is no column.
-  __device__ void find_scales(int64_t b, const double* gram, double* scales) const {
+  __device__ void find_scales(int64_t b, const double* gram, int ld, double* scales) const {
     const int n = static_cast<int>(z.cols);
     const double level = noise_level(noise, b, n);
-    for (int j = threadIdx.x; j < kMost; j += kThreads) {
-      const double length = j < n ? sqrt(gram[j * kMost + j]) : 0;
-      const bool good = j < n && length > noise_limit(noise, level, b, j, n) && length < INFINITY;
+    for (int j = threadIdx.x; j < n; j += kThreads) {
+      const double length = sqrt(gram[j * ld + j]);
+      const bool good = length > noise_limit(noise, level, b, j, n) && length < INFINITY;
       scales[j] = good ? 1 / length : 0;
     }
     __syncthreads();
   }
 
-  // The factor L of the scaled Gram matrix, column by column, in its place; its diagonal becomes 1 / L_jj, and 0 where
-  // the pivot is at the rounding level: such a column, and what is no column, is left out of the others. Returns the
-  // smallest pivot times the length of its column, which is 1 for orthonormal columns.
-  __device__ double factorise(double* gram, const double* scales) const {
+  // The Gram matrix of the scaled columns, at [i, j <= i] of `gram`, to the inverse X of its factor L: X_ij comes to
+  // [j, i >= j], and L_ic lies at [i, c < i] on the way. Where the pivot is at the rounding level, and where there is
+  // no column, L and X are zero: it has no part in the others. Returns the smallest pivot times the length of its
+  // column, which is 1 for orthonormal columns.
+  __device__ double invert(double* gram, int ld, const double* scales) const {
     const int n = static_cast<int>(z.cols), left = threadIdx.x % kSide, top = threadIdx.x / kSide;
-    for (int e = threadIdx.x; e < n * kMost; e += kThreads) {
-      const int i = e % kMost, j = e / kMost;
-      if (i == j) gram[e] = 1 + shift;
-      if (i > j && i < n) gram[e] = scales[i] != 0 && scales[j] != 0 ? gram[e] * scales[i] * scales[j] : 0;
-    }
-    __syncthreads();
     double smallest = INFINITY;
     for (int c = 0; c < n; ++c) {
-      double* const column = gram + c * kMost;
-      const double square = column[c];
+      const double square = gram[c * ld + c];
       const bool usable = scales[c] != 0 && square > least * least;
       const double inverse = usable ? 1 / sqrt(square) : 0;
       smallest = Smallest()(usable ? sqrt(square) / scales[c] : 0, smallest);
       __syncthreads();  // everybody has read the pivot
-      for (int i = c + threadIdx.x; i < n; i += kThreads) column[i] = i == c ? inverse : column[i] * inverse;
+      for (int e = threadIdx.x; e < n; e += kThreads) {
+        gram[e * ld + c] = e == c ? inverse : gram[e * ld + c] * inverse;  // X_ce, X_cc, L_ec
+      }
       __syncthreads();
-      for (int j = c + 1 + top; j < n; j += kSide) {
-        for (int i = c + 1 + left; i < n; i += kSide) {
-          if (i >= j) gram[j * kMost + i] = multiply_add(-column[i], column[j], gram[j * kMost + i]);
+      for (int i = c + 1 + top; i < n; i += kSide) {
+        const double l = gram[i * ld + c];
+        for (int j = left; j <= i; j += kSide) {
+          double& entry = j > c ? gram[i * ld + j] : gram[j * ld + i];
+          entry = multiply_add(-l, gram[j * ld + c], entry);  // L_jc, or X_cj
         }
       }
       __syncthreads();
@@ -140,16 +138,24 @@ struct SolveStrip {
 
   __device__ void operator()(int64_t b, int64_t strip) const {
     if (wanted && !wanted[b]) return;
-    const int n = static_cast<int>(z.cols);
-    double* const scales = dynamic_shared<double>() + kReduce;  // [kMost]
-    double* const gram = scales + kMost;                        // [kMost, kMost]
+    const int n = static_cast<int>(z.cols), ld = n | 1;         // odd: rows lie in different banks
+    double* const scales = dynamic_shared<double>() + kReduce;  // [n]
+    double* const gram = scales + n;                            // [n, ld]
     const double* const mine = parts + b * strips * n * n;
     for (int e = threadIdx.x; e < n * n; e += kThreads) {
-      gram[e / n * kMost + e % n] = strided_sum(mine + e, strips, int64_t{n} * n);
+      const int i = e / n, j = e % n;
+      gram[i * ld + j] = j <= i ? strided_sum(mine + e, strips, int64_t{n} * n) : 0;
     }
     __syncthreads();
-    find_scales(b, gram, scales);
-    const double smallest = factorise(gram, scales);
+    find_scales(b, gram, ld, scales);
+    for (int e = threadIdx.x; e < n * n; e += kThreads) {
+      const int i = e / n, j = e % n;
+      double& entry = gram[i * ld + j];
+      if (i == j) entry = 1 + shift;
+      if (j < i) entry = scales[i] != 0 && scales[j] != 0 ? entry * scales[i] * scales[j] : 0;
+    }
+    __syncthreads();
+    const double smallest = invert(gram, ld, scales);
     if (again && strip == 0 && threadIdx.x == 0) again[b] = !(smallest > kWellConditioned);
 
     const Rows rows(strip, z.rows);
@@ -157,24 +163,27 @@ struct SolveStrip {
     if (row >= rows.end) return;
     // Orthonormal columns come out as they were: the shift has made the factor longer by this.
     const double longer = sqrt(1 + shift), drawn = 1 / sqrt(static_cast<double>(z.rows));
-    double solved[kMost];
+    // Column i is made of the columns up to i: from the last one on, none is missed that was written over.
+    for (int first = (n - 1) / kTogether * kTogether; first >= 0; first -= kTogether) {
+      double sums[kTogether] = {};
+      const int end = first + kTogether < n ? first + kTogether : n;
+      for (int j = 0; j < end; ++j) {
+        if (scales[j] == 0) continue;  // it may hold NaN
+        const double x = static_cast<double>(z.column(b, j)[row]) * scales[j];
 #pragma unroll
-    for (int j = 0; j < kMost; ++j) {
-      double x = 0;
-      if (j < n && scales[j] != 0) {
-        x = static_cast<double>(z.column(b, j)[row]) * scales[j];
-#pragma unroll
-        for (int i = 0; i < j; ++i) x = multiply_add(-solved[i], gram[i * kMost + j], x);
-        x *= gram[j * kMost + j];
+        for (int e = 0; e < kTogether; ++e) {
+          if (first + e >= j && first + e < n) sums[e] = multiply_add(x, gram[j * ld + first + e], sums[e]);
+        }
       }
-      solved[j] = x;
-    }
 #pragma unroll
-    for (int j = 0; j < kMost; ++j) {
-      if (j >= n) break;
-      const bool left_out = gram[j * kMost + j] == 0;
-      z.column(b, j)[row] =
-          static_cast<T>(left_out ? drawn * normal_number(random, b, row * n + j) : solved[j] * longer);
+      for (int e = 0; e < kTogether; ++e) {
+        if (first + e >= n) break;
+        z.column(b, first + e)[row] = static_cast<T>(sums[e] * longer);
+      }
+    }
+    for (int i = 0; i < n; ++i) {
+      if (gram[i * ld + i] != 0) continue;
+      z.column(b, i)[row] = static_cast<T>(drawn * normal_number(random, b, row * n + i));
     }
   }
 };
@@ -203,7 +212,7 @@ struct InnerParts {
   }
 };
 
-template <class T, int kMost>
+template <class T>
 struct SubtractInside {
   View<const T> v;
   View<T> z;
@@ -212,31 +221,35 @@ struct SubtractInside {
   const int* wanted;
   __device__ void operator()(int64_t b, int64_t strip) const {
     if (wanted && !wanted[b]) return;
-    const int n = static_cast<int>(z.cols);
     const int64_t width = v.cols, row = strip * kStrip + threadIdx.x;
-    const double* const mine = parts + b * strips * width * n;
-    double* const inside = dynamic_shared<double>();  // [kInside, kMost]
-    double sums[kMost] = {};
-    for (int64_t first = 0; first < width; first += kInside) {
-      const int count = static_cast<int>(width - first < kInside ? width - first : kInside);
-      for (int e = threadIdx.x; e < count * n; e += kThreads) {
-        const int64_t w = first + e / n, j = e % n;
-        inside[e / n * kMost + e % n] = strided_sum(mine + j * width + w, strips, width * n);
-      }
-      __syncthreads();
-      for (int w = 0; w < count && row < z.rows; ++w) {
-        const double x = static_cast<double>(v.column(b, first + w)[row]);
-#pragma unroll
-        for (int j = 0; j < kMost; ++j) {
-          if (j < n) sums[j] = multiply_add(x, inside[w * kMost + j], sums[j]);
+    const double* const mine = parts + b * strips * width * z.cols;
+    double* const inside = dynamic_shared<double>();  // [kTogether, kInside]
+    for (int64_t first = 0; first < z.cols; first += kTogether) {
+      const int cols = static_cast<int>(z.cols - first < kTogether ? z.cols - first : kTogether);
+      double sums[kTogether] = {};
+      for (int64_t w = 0; w < width; w += kInside) {
+        const int count = static_cast<int>(width - w < kInside ? width - w : kInside);
+        for (int e = threadIdx.x; e < cols * kInside; e += kThreads) {
+          const int j = e / kInside, i = e % kInside;
+          inside[e] = i < count ? strided_sum(mine + (first + j) * width + w + i, strips, width * z.cols) : 0;
         }
-      }
-      __syncthreads();
-    }
-    if (row >= z.rows) return;
+        __syncthreads();
+        for (int i = 0; i < count && row < z.rows; ++i) {
+          const double x = static_cast<double>(v.column(b, w + i)[row]);
 #pragma unroll
-    for (int j = 0; j < kMost; ++j) {
-      if (j < n) z.column(b, j)[row] = static_cast<T>(static_cast<double>(z.column(b, j)[row]) - sums[j]);
+          for (int j = 0; j < kTogether; ++j) {
+            if (j < cols) sums[j] = multiply_add(x, inside[j * kInside + i], sums[j]);
+          }
+        }
+        __syncthreads();
+      }
+      if (row >= z.rows) continue;
+#pragma unroll
+      for (int j = 0; j < kTogether; ++j) {
+        if (j >= cols) break;
+        T& entry = z.column(b, first + j)[row];
+        entry = static_cast<T>(static_cast<double>(entry) - sums[j]);
+      }
     }
   }
 };
@@ -270,11 +283,9 @@ void gram_parts(const Matrices& z, const int* wanted, double* parts, Stream stre
 void solve_strips(const Matrices& z, const double* parts, const CholeskyRound& round, Stream stream) {
   with_type(z.type, [&](auto type) {
     using T = decltype(type);
-    with_columns(z.cols, [&](auto most) {
-      for_strips(SolveStrip<T, most>{View<T>(z), row_strips(z.rows), parts, round.noise, round.random, round.shift,
-                                     round.least, round.wanted, round.again},
-                 z.rows, z.batch, kReduce + most + most * most, stream);
-    });
+    for_strips(SolveStrip<T>{View<T>(z), row_strips(z.rows), parts, round.noise, round.random, round.shift, round.least,
+                             round.wanted, round.again},
+               z.rows, z.batch, kReduce + z.cols + z.cols * (z.cols | 1), stream);
   });
 }
 
@@ -289,10 +300,8 @@ void inner_parts(const Matrices& v, const Matrices& z, const int* wanted, double
 void subtract_inside(const Matrices& v, const double* parts, const int* wanted, const Matrices& z, Stream stream) {
   with_type(z.type, [&](auto type) {
     using T = decltype(type);
-    with_columns(z.cols, [&](auto most) {
-      for_strips(SubtractInside<T, most>{View<const T>(v), View<T>(z), row_strips(z.rows), parts, wanted}, z.rows,
-                 z.batch, kInside * most, stream);
-    });
+    for_strips(SubtractInside<T>{View<const T>(v), View<T>(z), row_strips(z.rows), parts, wanted}, z.rows, z.batch,
+               kTogether * kInside, stream);
   });
 }
 
