@@ -303,6 +303,26 @@ def test_launches_and_waits_of_a_restart(emulated, dtype, tol, most, count):
     assert not more.get("cusolverDnDpotrfBatched") and not more.get("cublasDtrsmBatched")
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_pedantic_products_are_those_of_the_certificate(emulated, dtype):
+    """Pedantic float32 may miss the fast kernels; what is certified must not depend on NVIDIA_TF32_OVERRIDE."""
+    counts = {}
+    for passes in (8, 14):  # 8: four blocks and a restart; then one more
+        emulated.standins.reset()
+        emulated.standins.set("capability", 75)  # bfloat16 weights in float32 too
+        emulated.standins.set("own_workspace", 1)
+        emulated.svd([torch.randn(160, 140).to(dtype)], tol=1e-9, max_passes=passes)
+        counts[passes] = emulated.counts().get("pedantic product", 0)
+    assert counts[8] == counts[14] and (counts[8] > 0) == (dtype != FLOAT64)
+
+
+def test_a_library_that_refuses_the_algorithm_goes_on_with_its_own(emulated):
+    weight = falling().float()
+    emulated.svd([weight])  # the stand-in's solver has the algorithm that it asks for from here on
+    emulated.standins.inject("cusolverDnSetAdvOptions", 1, 3)
+    check(weight, emulated.svd([weight]))
+
+
 # More columns than the kernels of svd_orthogonal.cu take: cuSOLVER's Cholesky, cuBLAS' triangular solve.
 MANY = 72
 

@@ -3,18 +3,20 @@
 
 import math
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from osora.config import AdapterConfig
 from osora.layers.base_weight import dense_weight, oriented_weight
+from osora.model.lanes import Lane, card_lanes, lanes_and_memory, side_by_side
 from osora.model.targets import Target
 from osora.reference import accumulate_dtype
-from osora.svd.arguments import check_matrix, check_max_memory
-from osora.svd.certificate import Decomposition, Unconverged
+from osora.svd.arguments import check_matrix, check_max_memory, check_unconverged
+from osora.svd.certificate import Decomposition, Unconverged, report_failure
 from osora.svd.plan import svd_plan
 from osora.svd.spectrum import captured_energy, rank_for_energy
 from osora.svd.truncated import decompose
@@ -70,6 +72,38 @@ def _check_fits(target: Target, max_memory: int) -> None:
         )
 
 
+Batch = tuple[list[Target], list[Decomposition]]
+
+
+def lanes_for(targets: list[Target], max_memory: int | None) -> tuple[list[Callable[[], Lane]], int | None]:
+    """Those that the calls for these targets run in, none where they run one after the other; and memory for each."""
+    device = targets[0].weight.device if targets else torch.device("cpu")
+    if device.type != "cuda" or any(target.weight.device != device for target in targets):
+        return [], max_memory
+    kinds = {(*target.weight.shape, target.rank, target.weight.stored) for target in targets}
+    largest = max(svd_plan((d, k), rank, stored, device).bytes for d, k, rank, stored in kinds)
+    count, memory = lanes_and_memory(len(kinds), largest, free_on_card(device), max_memory)
+    return card_lanes(device, count) if count > 1 else [], memory
+
+
+def _decompose_batch(batch: list[Target], config: AdapterConfig, max_memory: int | None) -> Batch:
+    return batch, decompose(
+        [dense_weight(target.module) for target in batch],  # of quantised ones copies, which go with the batch
+        batch[0].rank,
+        names=[target.name for target in batch],
+        labels=[f"{target.name}.weight" for target in batch],
+        tol=config.tol,
+        seed=config.seed,
+        max_memory=max_memory,
+        unconverged=None,  # told where the factors are handed on
+    )
+
+
+def _tensors(batch: Batch) -> Iterator[Tensor]:
+    for factors in batch[1]:
+        yield from (factors.U, factors.S, factors.V)
+
+
 def decompose_targets(
     targets: list[Target],
     config: AdapterConfig,
@@ -82,6 +116,7 @@ def decompose_targets(
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn  # slow to import
 
     check_max_memory(max_memory)
+    check_unconverged(unconverged)
     for target in targets:  # all of them before any work
         if not target.weight.quantised:
             check_matrix(oriented_weight(target.module), f"{target.name}.weight")
@@ -92,18 +127,11 @@ def decompose_targets(
         if progress is None and not bar.console.is_terminal:
             bar.disable = True
         task = bar.add_task("decomposing", total=len(targets))
-        for batch in batches(targets):
-            found = decompose(
-                [dense_weight(target.module) for target in batch],  # of quantised ones copies, which go with the batch
-                batch[0].rank,
-                names=[target.name for target in batch],
-                labels=[f"{target.name}.weight" for target in batch],
-                tol=config.tol,
-                seed=config.seed,
-                max_memory=max_memory,
-                unconverged=unconverged,
-                else_use="a smaller r",
-            )
+        lanes, memory = lanes_for(targets, max_memory)
+        calls = (partial(_decompose_batch, batch, config, memory) for batch in batches(targets))
+        for batch, found in side_by_side(calls, lanes, _tensors):
+            failed = [factors for factors in found if not factors.converged]
+            report_failure(failed, config.tol, unconverged, 3, "a smaller r")
             for target, factors in zip(batch, found, strict=True):
                 yield target, factors
                 bar.advance(task)

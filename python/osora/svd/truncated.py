@@ -149,17 +149,17 @@ def decompose(
     seed: int = 0,
     method: str = "auto",
     max_memory: int | None = None,
-    unconverged: Unconverged = "warn",
-    else_use: str = "method='full'",
+    unconverged: Unconverged | None = "warn",
 ) -> list[Decomposition]:
     """Truncated SVDs of matrices [d, k] of one shape, dtype and device; see :func:`truncated_svd`.
 
     ``names`` key the random streams: a matrix gives the same factors alone, in any batch and on any rank of a
-    distributed job. Messages about a weight call it by its label, which is its name if ``labels`` are not given, and
-    where no certificate was reached name ``else_use`` as a cure.
+    distributed job. Messages about a weight call it by its label, which is its name if ``labels`` are not given. With
+    ``unconverged=None`` the caller says where no certificate was reached.
     """
     check_max_memory(max_memory)
-    check_unconverged(unconverged)
+    if unconverged is not None:
+        check_unconverged(unconverged)
     labels = [name or "weight" for name in names] if labels is None else labels
     for weight, label in zip(weights, labels, strict=True):
         check_matrix(weight, label)
@@ -169,7 +169,8 @@ def decompose(
     if not weights:
         return []
     found = _run(weights, rank, names, labels, tol, seed, method, max_memory).matrices(names)
-    report_failure([item for item in found if not item.converged], tol, unconverged, 4, else_use)
+    if unconverged is not None:
+        report_failure([item for item in found if not item.converged], tol, unconverged, 3)
     return found
 
 

@@ -137,6 +137,7 @@ cublasStatus_t cublasGemmStridedBatchedEx(cublasHandle_t handle, cublasOperation
                                           long long strideB, const void* beta, void* C, cudaDataType Ctype, int ldc,
                                           long long strideC, int batch, cublasComputeType_t compute, cublasGemmAlgo_t) {
   return answer("cublasGemmStridedBatchedEx", CUBLAS_STATUS_INVALID_VALUE, [&](const Call&) {
+    if (compute == CUBLAS_COMPUTE_32F_PEDANTIC) const Call counted("pedantic product");
     gemm(handle, op_a, op_b, {alpha, beta}, k, stored("A", A, Atype, op_a, m, k, lda, batch, strideA),
          stored("B", B, Btype, op_b, k, n, ldb, batch, strideB), {"C", C, Ctype, m, n, ldc, batch, strideC}, compute);
   });
