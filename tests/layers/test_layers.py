@@ -40,7 +40,11 @@ def test_it_is_the_base_plus_its_update(dtype):
 
 def test_what_models_look_at():
     layer = make_layer()
-    assert layer.weight is layer.base_layer.weight and layer.bias is layer.base_layer.bias
+    base = layer.base_layer
+    assert layer.bias is base.bias and layer.weight.dtype == base.weight.dtype and layer.weight.shape == (10, 12)
+    assert torch.equal(layer.weight + 0, base.weight), "untrained"
+    layer.enabled = False
+    assert layer.weight is base.weight
     assert (layer.in_features, layer.out_features, layer.rank) == (12, 10, 4)
     assert "in_features=12, out_features=10, rank=4" in repr(layer)
     assert list(layer.state_dict()) == ["o", "s", "U", "V", "S0", "base_layer.weight", "base_layer.bias"]

@@ -7,6 +7,7 @@ from contextlib import nullcontext
 
 import pytest
 import torch
+import transformers
 from helpers import logits, tiny_bert, tiny_gpt2, tiny_llama, token_ids
 from peft import PeftConfig, get_peft_model
 from pefts import OsoraConfig, adapted, layers, move, peft, quiet, tensors
@@ -201,6 +202,13 @@ def with_(name: str, module: nn.Module) -> nn.Module:
     return model
 
 
+def tiny_rwkv() -> nn.Module:
+    config = transformers.RwkvConfig(
+        vocab_size=16, hidden_size=8, attention_hidden_size=8, intermediate_size=12, num_hidden_layers=2
+    )
+    return transformers.RwkvModel(config)
+
+
 @pytest.mark.parametrize(
     "make, targets, words",
     [
@@ -213,11 +221,11 @@ def with_(name: str, module: nn.Module) -> nn.Module:
         (lambda: with_("conv", nn.Conv1d(4, 4, 3)), ["first", "conv"], "conv is a Conv1d, whose weights have more"),
         (tiny_llama, ["lm_head"], "weight of lm_head is tied"),
         (lambda: with_("twice", Shared()), ["twice.first"], "twice.first is also in the model as twice.second"),
-        (lambda: nn.TransformerEncoderLayer(8, 2), ["linear1"], "reads its weight in eval mode"),
+        (tiny_rwkv, ["value"], "the model rescales the weight of .*feed_forward.value in place"),
         (tiny_llama, ["no_such"], "not found"),
         (lambda: tiny_llama().to("meta"), ["q_proj"], "is on the meta device and has no values"),
     ],
-    ids=["embedding", "experts", "convolution", "tied", "shared", "bypassed", "nothing", "meta"],
+    ids=["embedding", "experts", "convolution", "tied", "shared", "rewritten", "nothing", "meta"],
 )
 @pytest.mark.filterwarnings("ignore:Model has .tie_word_embeddings=True. and a tied layer:UserWarning")
 def test_a_refusal_leaves_the_model_as_it_was(make, targets, words):

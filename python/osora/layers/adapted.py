@@ -14,6 +14,7 @@ from osora.layers.formulas import Basis, Deltas, Formula, leading
 from osora.layers.kept import KeepsBase, replace_values, uncast
 from osora.layers.materialised import Materialised
 from osora.layers.quantised import kind_of
+from osora.layers.read_weight import Place, read_weight
 from osora.ops.materialised import linear_materialised, refresh
 from osora.svd.certificate import Decomposition
 
@@ -84,6 +85,7 @@ class AdaptedLinear(KeepsBase):
     V: Tensor
     S0: Tensor
     s: nn.Parameter  # every method has it
+    place: Place = Place()
     _plan: str = "split"
     _materialised: Materialised | None = None
 
@@ -119,8 +121,11 @@ class AdaptedLinear(KeepsBase):
 
     @property
     def weight(self) -> Tensor:
-        """The base layer's weight, as models that look at ``layer.weight`` expect."""
-        return self.base_layer.weight  # type: ignore[return-value]
+        """``W0 + ΔW`` for models that read it: the base layer's own where no adapter is on, or where it is merged."""
+        if self.merged or not self.enabled or self.adapter is None or self.batch is not None:
+            return self.base_layer.weight  # type: ignore[return-value]
+        part = self.formula(self.adapter), self.basis(), self.deltas(self.adapter)
+        return read_weight(self.base_layer, [part], self.place)
 
     @property
     def bias(self) -> Tensor | None:

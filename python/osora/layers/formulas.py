@@ -40,8 +40,13 @@ class Formula(ABC):
         return y + self.linear(x, None, None, basis, deltas)
 
     @abstractmethod
+    def traced_factors(self, basis: Basis, deltas: Deltas) -> tuple[Tensor, Tensor]:
+        """``(left [d, q], right [k, q])`` with ``ΔW = left rightᵀ``, left in float32 (float64); with a derivative."""
+
+    @torch.no_grad()
     def factors(self, basis: Basis, deltas: Deltas) -> tuple[Tensor, Tensor]:
-        """``(left [d, q], right [k, q])`` with ``ΔW = left rightᵀ``, left in float32 (float64), without a gradient."""
+        """:meth:`traced_factors` without a derivative."""
+        return self.traced_factors(basis, deltas)
 
     @property
     def trained(self) -> tuple[str, ...]:
@@ -126,8 +131,7 @@ class OsoraFormula(Formula):
             return ops.linear_add_(y, x, *self._as_standard(basis, deltas))
         return super().add_(y, x, basis, deltas)
 
-    @torch.no_grad()
-    def factors(self, basis: Basis, deltas: Deltas) -> tuple[Tensor, Tensor]:
+    def traced_factors(self, basis: Basis, deltas: Deltas) -> tuple[Tensor, Tensor]:
         """D [d, r] and V [k, r]; on the input side U [d, r] and the folded V [k, r]. Rank r."""
         (U, V, S0), (o, s) = basis, deltas
         if self.side == "input":
@@ -169,8 +173,7 @@ class SorsaFormula(Formula):
         (U0, V0, _), (u, _, v) = basis, deltas
         return [(u, U0), (v, V0)]
 
-    @torch.no_grad()
-    def factors(self, basis: Basis, deltas: Deltas) -> tuple[Tensor, Tensor]:
+    def traced_factors(self, basis: Basis, deltas: Deltas) -> tuple[Tensor, Tensor]:
         """``[A | B]`` [d, 2r] and ``[V0 | v]`` [k, 2r] (docs/method.md): rank 2r, no difference of large products."""
         (U0, V0, S0), (u, s, v) = basis, deltas
         S0, s = self._scaled(S0, s.to(S0))

@@ -15,6 +15,7 @@ from osora.model.state import adapted_layers, state_of
 from osora.model.targets import base_modules, find_targets
 
 _NOTES_SHOWN = 8
+_READ = "the model reads its weight itself: right, and a product at each read"
 
 
 @dataclass(frozen=True)
@@ -92,7 +93,7 @@ def _base_numbers(model: nn.Module) -> int:
 
 def summary(model: nn.Module) -> Summary:
     """How many numbers are trained, of how many, and how well each weight was decomposed; of the active adapter."""
-    active, state = state_of(model).active, state_of(model).current
+    active, state, readers = state_of(model).active, state_of(model).current, state_of(model).readers
     modules = tuple(
         ModuleSummary(
             name,
@@ -100,7 +101,7 @@ def summary(model: nn.Module) -> Summary:
             layer.rank,
             sum(p.numel() for p in layer.trained(active)),
             *layer.certificate,
-            state.notes.get(name, ""),
+            "; ".join(filter(None, (state.notes.get(name), _READ * (name in readers.names)))),
         )
         for name, layer in adapted_layers(model).items()
     )

@@ -8,7 +8,9 @@ from torch import nn
 
 from osora.config import AdapterConfig, SorsaConfig
 from osora.layers import AdaptedLinear
+from osora.layers.first_step import watch_first_step
 from osora.layers.penalty import Penalty
+from osora.layers.read_weight import Place, Readers
 from osora.model.targets import uncompiled
 
 log = logging.getLogger("osora")
@@ -27,9 +29,12 @@ class AdapterState:
 
     def begin(self, model: nn.Module, name: str) -> None:
         """The adapter is in the model from now on: say what is worth a line, and penalise what is to be penalised."""
+        layers, readers = adapted_layers(model, name), state_of(model).readers
+        for module, layer in layers.items():
+            layer.place = Place(module, readers)
+        watch_first_step(layers, lambda layer: layer.trained(name) if name in layer.adapters() else ())
         if isinstance(self.config, SorsaConfig):
-            layers = list(adapted_layers(model, name).values())
-            self.penalty = Penalty(layers, name, self.config.gamma, self.config.regularizer)
+            self.penalty = Penalty(list(layers.values()), name, self.config.gamma, self.config.regularizer)
         for module, note in self.notes.items():
             log.info("%s: %s", module, note)
 
@@ -42,6 +47,7 @@ class State:
     active: str
     adapters: dict[str, AdapterState]  # in the order they came
     in_order: list[nn.Module] = field(default_factory=list)  # quantised layers that may be packed when it is detached
+    readers: Readers = field(default_factory=Readers)  # of weights that the model itself uses
 
     @property
     def current(self) -> AdapterState:

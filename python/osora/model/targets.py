@@ -1,11 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """Which layers of a model an adapter is for."""
 
+import logging
 import re
 import sys
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
 
@@ -13,6 +15,8 @@ from osora.config import ALL_LINEAR, AdapterConfig
 from osora.layers.adapted import AdaptedLinear
 from osora.layers.base_weight import BaseWeight, base_weight, is_conv1d
 from osora.layers.quantised import kind_of, refuse_unsupported, unsupported
+
+log = logging.getLogger("osora")
 
 
 @dataclass(frozen=True)
@@ -82,18 +86,25 @@ def check_has_values(name: str, module: nn.Module) -> None:
         raise ValueError(f"{name}.weight is on the meta device and has no values: load the weights first")
 
 
-def bypassed(model: nn.Module) -> set[int]:
-    """Identities of linear layers whose parent may use their weights without calling them."""
-    parents = [module for module in model.modules() if isinstance(module, nn.TransformerEncoderLayer)]
-    return {id(layer) for parent in parents for layer in (parent.linear1, parent.linear2)}
+def rewritten(model: nn.Module) -> set[int]:
+    """Identities of linear layers into whose weights the model itself writes: RWKV divides them in eval."""
+    found = set()
+    for module in model.modules():
+        if hasattr(module, "layers_are_rescaled"):  # transformers' RwkvModel
+            blocks: Any = module.blocks
+            found |= {id(layer) for block in blocks for layer in (block.attention.output, block.feed_forward.value)}
+    return found
 
 
-def check_not_bypassed(name: str, module: nn.Module, found: set[int]) -> None:
-    """Raise for one of those that :func:`bypassed` has ``found``."""
+LEFT_OUT = "%s is left out: the model rescales its weight in place between training and evaluation"
+
+
+def check_not_rewritten(name: str, module: nn.Module, found: set[int]) -> None:
+    """Raise for one of those that :func:`rewritten` has ``found``."""
     if id(module) in found:
         raise ValueError(
-            f"target {name} belongs to a torch.nn.TransformerEncoderLayer, which reads its weight in eval mode "
-            "without calling it: an adapter would be ignored; exclude_modules leaves it out"
+            f"the model rescales the weight of {name} in place between training and evaluation: an adapter of it would "
+            'fit one of them alone; exclude_modules leaves it out, as "all-linear" does'
         )
 
 
@@ -171,7 +182,7 @@ def find_targets(model: nn.Module, config: AdapterConfig) -> list[Target]:
     for name, module in base_modules(model):
         names_of[id(module)].append(name)
         modules[id(module)] = module
-    head, holders, unseen, outer = _output_head(model), weight_holders(model), bypassed(model), of_peft(model)
+    head, holders, own, outer = _output_head(model), weight_holders(model), rewritten(model), of_peft(model)
     everything = config.target_modules == ALL_LINEAR
     layers = config.layers_to_transform
     assert layers is None or isinstance(layers, tuple)  # the config has brought it to this form
@@ -180,7 +191,10 @@ def find_targets(model: nn.Module, config: AdapterConfig) -> list[Target]:
         module, name = modules[key], names[0]
         if everything:
             is_linear = _is_linear(module) or unsupported(module) is not None  # which is not left out in silence
-            wanted = is_linear and module is not head and key not in unseen
+            wanted = is_linear and module is not head
+            if wanted and key in own:
+                log.warning(LEFT_OUT, name)
+                continue
         else:
             wanted = any(name_matches(n, config.target_modules) for n in names)
         if not wanted or not name:
@@ -191,7 +205,7 @@ def find_targets(model: nn.Module, config: AdapterConfig) -> list[Target]:
             continue
         check_not_of_peft(name, outer)
         check_is_linear(name, module)
-        check_not_bypassed(name, module, unseen)
+        check_not_rewritten(name, module, own)
         check_not_tied(name, module, holders)
         weight = base_weight(module)
         asked, most = config.rank_for(name), min(weight.shape)

@@ -18,6 +18,7 @@ from osora.layers.base_weight import base_weight, dense_weight, is_conv1d, is_qu
 from osora.layers.batch import RowAdapters
 from osora.layers.formulas import Basis, Formula
 from osora.layers.kept import KeepsBase, replace_values, uncast
+from osora.layers.read_weight import Place, read_weight
 from osora.peft import loading
 from osora.svd.certificate import Certificate, Decomposition
 
@@ -66,6 +67,7 @@ class AdapterLayer(KeepsBase, BaseTunerLayer):
         super().__init__()
         self.base_layer = base_layer
         self.name = name
+        self.place = Place(name)
         self.out_features, self.in_features = base_weight(base_layer).shape
         self.adapters: dict[str, Adapter] = {}
         self.batch: Sequence[tuple[RowAdapters, Basis]] | None = None  # within a batch of several adapters
@@ -186,6 +188,16 @@ class AdapterLayer(KeepsBase, BaseTunerLayer):
         return self.adapters[adapter].formula.penalised(self.basis(adapter), self.deltas(adapter))  # type: ignore[return-value]
 
     # -- what PEFT calls --
+
+    @property
+    def weight(self) -> Tensor:
+        """``W0 + Σ ΔW`` for models that read it: the base layer's own where no adapter is on, or where it is merged."""
+        active = [name for name in self.active_adapters if name in self.adapters]
+        if self._disable_adapters or self.base_kept or not active or self.batch is not None:
+            return self.base_layer.weight  # type: ignore[return-value]
+        self.settle()
+        parts = [(self.adapters[name].formula, self.basis(name), self.deltas(name)) for name in active]
+        return read_weight(self.base_layer, parts, self.place)
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """x [..., in_features] → [..., out_features]."""

@@ -13,9 +13,11 @@ from torch import nn
 from osora.config import ALL_LINEAR
 from osora.files.evidence import certificate_of
 from osora.files.format import AdapterError, Description
+from osora.layers.first_step import watch_first_step
 from osora.layers.formulas import formula_of
 from osora.layers.penalty import Penalty
 from osora.layers.quantised import allow_packing, keep_order
+from osora.layers.read_weight import Place, Readers
 from osora.model.targets import check_rank_pattern
 from osora.peft import loading
 from osora.peft.batch import rows_of_adapters
@@ -89,6 +91,8 @@ class AdapterModel(BaseTuner):
         model.__dict__.setdefault(_IN_ORDER, []).extend(keep_order(model))
         config.settle_in(model, adapter_name)
         self._penalise(model, adapter_name, layers, config)
+        named = {layer.name: layer for layer in layers}
+        watch_first_step(named, lambda layer: layer.trained_kinds(adapter_name).values())
 
     @staticmethod
     def _penalise(model: nn.Module, name: str, layers: list[AdapterLayer], config: Any) -> None:
@@ -113,6 +117,7 @@ class AdapterModel(BaseTuner):
         if is_new:
             self._around.check(current_key, target)
             layer = self.layer_class(target, current_key)
+            layer.place = Place(current_key, self.__dict__.setdefault("readers", Readers()))
         assert isinstance(layer, AdapterLayer)
         adapter = Adapter(
             formula_of(peft_config.native()), peft_config.dropout, peft_config.save_basis, tol=peft_config.tol

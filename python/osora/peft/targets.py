@@ -11,12 +11,14 @@ from torch import nn
 from osora.config import ALL_LINEAR
 from osora.model.state import all_layers
 from osora.model.targets import (
-    bypassed,
+    LEFT_OUT,
     check_has_values,
     check_is_linear,
-    check_not_bypassed,
+    check_not_rewritten,
     check_not_tied,
     layer_index,
+    log,
+    rewritten,
     weight_holders,
 )
 from osora.peft.rollback import wrappers
@@ -59,20 +61,26 @@ class Surroundings:
                 "train nor save: call osora.detach(model) first, or stay with the native API (osora.add_adapter)"
             )
         self.everything = config.target_modules == ALL_LINEAR
-        self.bypassed, self.holders, self.whole = bypassed(model), weight_holders(model), wrappers(model)
+        self.rewritten, self.holders, self.whole = rewritten(model), weight_holders(model), wrappers(model)
         getter = getattr(model, "get_output_embeddings", None)
         self.head = getter() if callable(getter) else None
         names: dict[int, list[str]] = {}
         for name, module in model.named_modules(remove_duplicate=False):
             names.setdefault(id(module), []).append(name)
+        self.left_out = {name for key in self.rewritten for name in names.get(key, ())}
         self.also = {key: found[1:] for key, found in names.items() if len(found) > 1}
 
     def is_left_out(self, key: str) -> bool:
-        """Whether a match is in the output head, which "all-linear" leaves out, and PEFT not if it is wrapped.
+        """Whether "all-linear" leaves a match out: the model writes into it, or it is in the output head.
+
+        PEFT leaves that out itself, but not if it is wrapped.
 
         Raises:
             ValueError: it is in another module that an adapter trains whole.
         """
+        if self.everything and key in self.left_out:
+            log.warning(LEFT_OUT, key)
+            return True
         for name, wrapper in self.whole.items():
             if key.startswith(f"{name}."):
                 if self.everything and wrapper is self.head:
@@ -95,7 +103,7 @@ class Surroundings:
             )
         check_is_linear(name, module)
         check_has_values(name, module)
-        check_not_bypassed(name, module, self.bypassed)
+        check_not_rewritten(name, module, self.rewritten)
         check_not_tied(name, module, self.holders)
         if names := self.also.get(id(module)):
             raise ValueError(
