@@ -1,21 +1,24 @@
 #!/usr/bin/env bash
 # SPDX-License-Identifier: Apache-2.0
-# What a card is needed for, in two plans of some minutes each, without a network.
+# What a card is needed for, in three plans of some minutes each, without a network.
 #
-#   bench/gpu_check.sh correctness|performance [--output FOLDER] [--python PYTHON] [--device cuda|cpu]
-#                      [--minutes 8] [--stages NAME,NAME,...]
+#   bench/gpu_check.sh correctness|performance|evidence [--output FOLDER] [--python PYTHON] [--device cuda|cpu]
+#                      [--minutes 8] [--stages NAME,NAME,...] [--assets FOLDER] [--resume FILE]
 #
 # correctness: machine build smoke tests memcheck racecheck. performance: machine build rates profile svd linear step.
-# Correctness first. PYTHON (default: python3) must have torch (a CUDA build), pybind11, cmake, ninja, rich,
+# evidence: machine build compare.
+# Correctness first. Evidence is examples/compare.py on the models and data in --assets (gpu_pack.sh), which goes on
+# from the cells.jsonl of --resume. PYTHON (default: python3) must have torch (a CUDA build), pybind11, cmake, ninja, rich,
 # safetensors, pytest and pytest-xdist; step wants transformers and peft too; nvcc must be found. osora is built into
 # build/gpu, where the next build is quick, and what is installed stays as it is. --device cpu is a rehearsal without
 # a card on tiny sizes, with the osora that PYTHON has (OSORA_GPU_BUILD=1: with one built for it).
 #
 # --minutes is for the whole: a stage gets its own limit or what is left, and is cut there. What becomes of one stage
 # stops no other, but nothing runs on a build that failed. Everything stands in FOLDER (default: $OUT, or
-# bench/results/gpu-DATE) as it comes, in at most 8 files for both plans: log.txt (stages, limits, seconds, the
+# bench/results/gpu-DATE) as it comes, in at most 8 files for the first two plans and for the third: log.txt (stages, limits, seconds, the
 # machine), build.txt, smoke.txt, tests.txt, sanitizer.txt, performance.txt, results.jsonl (a line for each check and
-# case) and report.json, written anew around each stage. So whoever kills this loses only what was not yet found.
+# case) and report.json, written anew around each stage; evidence.txt, cells.jsonl (a line for each training run),
+# comparison.md and comparison.png. So whoever kills this loses only what was not yet found.
 # Exit code: 0 all stages passed, 1 one failed, 2 wrong words, 3 one was cut or skipped and none failed, or there is no
 # card.
 set -uo pipefail
@@ -24,30 +27,34 @@ root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 declare -A plans=(
   [correctness]="machine build smoke tests memcheck racecheck"
   [performance]="machine build rates profile svd linear step"
+  [evidence]="machine build compare"
 )
 # Seconds: about twice what each should take on a card, so that one that hangs costs the others little.
 declare -A limits=(
   [machine]=60 [build]=150 [smoke]=120 [tests]=150 [memcheck]=80 [racecheck]=80
   [rates]=45 [profile]=120 [svd]=110 [linear]=110 [step]=90
+  [compare]=420
 )
 # Where the output of a stage goes.
 declare -A texts=(
   [machine]=log [build]=build [smoke]=smoke [tests]=tests [memcheck]=sanitizer [racecheck]=sanitizer
   [rates]=performance [profile]=performance [svd]=performance [linear]=performance [step]=performance
+  [compare]=evidence
 )
 grace=5   # seconds between asking a stage to end and ending it
 absent=77 # what a stage returns that finds nothing to run
+again=75  # and one that stopped by itself when its time was over: it goes on where it was
 
 usage() { sed -n '3,/^set -uo/{/^#/s/^# \{0,1\}//p}' "${BASH_SOURCE[0]}"; }
 wrong() { echo "$1" >&2; exit 2; }
 
 # ---- what was asked for -----------------------------------------------------------------------------------------
 
-plan="" python=python3 device=cuda minutes=8 output="" chosen=""
+plan="" python=python3 device=cuda minutes=8 output="" chosen="" assets="" resume=""
 while (($#)); do
   case $1 in
     -h | --help) usage; exit 0 ;;
-    --output | --python | --device | --minutes | --stages)
+    --output | --python | --device | --minutes | --stages | --assets | --resume)
       [[ -n ${2:-} ]] || wrong "$1 needs a value"
       case $1 in
         --output) output=$2 ;;
@@ -55,18 +62,24 @@ while (($#)); do
         --device) device=$2 ;;
         --minutes) minutes=$2 ;;
         --stages) chosen=${2//,/ } ;;
+        --assets) assets=$2 ;;
+        --resume) resume=$2 ;;
       esac
       shift 2 ;;
-    -*) wrong "unknown option $1: there are --output, --python, --device, --minutes, --stages, --help" ;;
+    -*) wrong "unknown option $1: there are --output, --python, --device, --minutes, --stages, --assets, --resume, --help" ;;
     *) [[ -z $plan ]] || wrong "one plan at a time: $plan or $1"; plan=$1; shift ;;
   esac
 done
-[[ -n $plan && -n ${plans[$plan]:-} ]] || wrong "the plan is correctness or performance, got ${plan:-none}"
+[[ -n $plan && -n ${plans[$plan]:-} ]] || wrong "the plan is correctness, performance or evidence, got ${plan:-none}"
 [[ $device == cuda || $device == cpu ]] || wrong "--device is cuda or cpu, got $device"
 [[ $minutes =~ ^[0-9]+(\.[0-9]+)?$ ]] || wrong "--minutes is a number such as 8 or 2.5, got $minutes"
 for name in $chosen; do
   [[ " ${plans[$plan]} " == *" $name "* ]] || wrong "$plan has no stage $name; it has: ${plans[$plan]}"
 done
+[[ -z $assets || -d $assets ]] || wrong "there is no folder $assets"
+[[ -z $resume || -e $resume ]] || wrong "there is no $resume to go on from"
+[[ -z $assets ]] || assets=$(realpath "$assets")
+[[ -z $resume ]] || resume=$(realpath "$resume")
 command -v "$python" > /dev/null || wrong "there is no $python: name one with --python"
 python=$(command -v "$python")
 [[ $python == /* ]] || python=$PWD/$python
@@ -158,6 +171,29 @@ step() {
   exec "$python" "${common[@]}" --model random --dtype bfloat16 --batch 8 --tokens 512 --repetitions 5
 }
 
+compare() {  # ends by itself before its limit, so that the report is of all that was done
+  local words=(--device "$device" --output "$scratch/compare" --cells "$folder/cells.jsonl") tasks rc=0
+  [[ -z $resume ]] || words+=(--resume "$resume")
+  if [[ $device == cpu ]]; then
+    words+=(--size tiny --jobs 1 --methods base osora lora)
+  else
+    [[ -z $assets ]] || export PYTHONPATH=$assets/site${PYTHONPATH:+:$PYTHONPATH}
+    local wordnet=${assets:-/usr/share/wordnet}
+    read -r -a tasks < <("$python" examples/compare_assets.py "$wordnet" 2>> "$folder/evidence.txt")
+    ((${#tasks[@]})) || { echo "no model and data of examples/compare.py are here"; return "$absent"; }
+    words+=(--size card --tasks "${tasks[@]}" --wordnet "$wordnet")
+    words+=(--minutes "$(awk -v limit="$limit" 'BEGIN { printf "%.2f", (limit - 30) / 60 }')")
+    [[ ! -f $assets/gsm8k_train.jsonl ]] || words+=(--gsm8k "$assets/gsm8k_train.jsonl")
+  fi
+  "$python" examples/compare.py "${words[@]}" || rc=$?
+  for file in comparison.md comparison.png; do
+    [[ ! -f $scratch/compare/$file ]] || cp "$scratch/compare/$file" "$folder/"
+  done
+  [[ ! -f $folder/comparison.md ]] || cat "$folder/comparison.md"
+  ((rc == 3)) && return "$again"
+  return "$rc"
+}
+
 # ---- running them -----------------------------------------------------------------------------------------------
 
 mkdir -p "$folder" || exit 2
@@ -165,8 +201,8 @@ scratch=$(mktemp -d) || exit 2
 built=$root/build/gpu
 sanitizer=$(command -v compute-sanitizer || true)
 [[ -n $sanitizer || ! -x /usr/local/cuda/bin/compute-sanitizer ]] || sanitizer=/usr/local/cuda/bin/compute-sanitizer
-export python device cores threads built sanitizer scratch absent OSORA_RESULTS_JSONL=$folder/results.jsonl
-export -f machine build smoke tests sanitize memcheck racecheck rates profile svd linear step
+export python device cores threads built sanitizer scratch absent again folder assets resume OSORA_RESULTS_JSONL=$folder/results.jsonl
+export -f machine build smoke tests sanitize memcheck racecheck rates profile svd linear step compare
 touch "$OSORA_RESULTS_JSONL"
 failed=0 unfinished=0 unbuilt=no ours=no running="" current="" began=0
 
@@ -205,7 +241,7 @@ stage() {  # stage NAME: run it under its limit, log and report, whatever become
   say "begin $1: limit $limit s, at $SECONDS s"
   [[ ${texts[$1]} == log ]] || echo "== begin $1" >> "$text"
   report
-  timeout -k "$grace" "$limit" bash -c "$1" >> "$text" 2>&1 < /dev/null &
+  limit=$limit timeout -k "$grace" "$limit" bash -c "$1" >> "$text" 2>&1 < /dev/null &
   running=$!
   { wait "$running"; } 2> /dev/null # what bash says of a process that was killed
   rc=$?
@@ -214,6 +250,7 @@ stage() {  # stage NAME: run it under its limit, log and report, whatever become
   state=failed
   ((rc == 0)) && state=passed
   ((rc == absent)) && state=skipped
+  ((rc == again)) && state=cut
   # timeout's own codes; whoever is ended by somebody else before the limit has failed
   if ((rc == 124 || (rc == 137 && SECONDS - began >= limit))); then state=cut; fi
   case $state in

@@ -10,7 +10,6 @@ import argparse
 import os
 import sys
 import time
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -23,7 +22,7 @@ try:
     import peft  # noqa: F401
     import rich  # noqa: F401
     import torch
-    import transformers
+    import transformers  # noqa: F401
 except ModuleNotFoundError as missing:
     sys.exit(
         f"This example needs the package {missing.name!r}. Install what it uses with: pip install 'osora[demo]' peft"
@@ -37,7 +36,7 @@ from chat_data import DataError
 from compare_methods import MAIN, METHODS
 from compare_store import Store
 from compare_tasks import DTYPES, TASKS
-from compare_work import make_task, work_apart, work_here
+from compare_work import be_quiet, make_task, work_apart, work_here
 from demo_assets import DemoAssetError
 
 DESCRIPTION = """\
@@ -133,9 +132,7 @@ def work(arguments: argparse.Namespace, methods: dict[str, list[str]], store: St
 def main(argv: Sequence[str] | None = None) -> int:
     """See EPILOG for the exit codes."""
     arguments = parse_arguments(argv)
-    transformers.utils.logging.disable_progress_bar()
-    transformers.utils.logging.set_verbosity_error()
-    warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*")  # PEFT asks for the old name
+    be_quiet()
     methods = {task: methods_of(task, arguments) for task in arguments.tasks}
     try:
         if arguments.time_one:

@@ -13,12 +13,14 @@ import os
 import threading
 import time
 import traceback
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from typing import Any
 
 import torch
+import transformers
 from chat_data import DataError
 from compare_cells import Cell, run, shown
 from compare_methods import METHODS
@@ -30,6 +32,13 @@ ATTEMPTS = 2  # at a run whose process is killed; it may have been killed for it
 
 Say = Callable[[str], None]
 Methods = Mapping[str, Sequence[str]]
+
+
+def be_quiet() -> None:
+    """Of transformers and PEFT, what is no news to anybody who compares methods."""
+    transformers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.set_verbosity_error()
+    warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*")  # PEFT asks for the old name
 
 
 class Clock:
@@ -78,6 +87,7 @@ _TASKS: dict[str, Any] = {}
 def start_worker(arguments: argparse.Namespace) -> None:
     """In a new process: one thread, and an end with its parent, even one that is killed."""
     torch.set_num_threads(1)
+    be_quiet()
     _ARGUMENTS.append(arguments)
     parent = multiprocessing.parent_process()
     assert parent is not None
