@@ -5,7 +5,7 @@
 #   bench/gpu_check.sh correctness|performance|evidence [--output FOLDER] [--python PYTHON] [--device cuda|cpu]
 #                      [--minutes 8] [--stages NAME,NAME,...] [--assets FOLDER] [--resume FILE]
 #
-# correctness: machine build smoke tests memcheck racecheck. performance: machine build rates profile svd linear step.
+# correctness: machine build smoke tests memcheck racecheck. performance: machine build rates model profile linear svd step.
 # evidence: machine build compare.
 # Correctness first. Evidence is examples/compare.py on the models and data in --assets (gpu_pack.sh), which goes on
 # from the cells.jsonl of --resume. PYTHON (default: python3) must have torch (a CUDA build), pybind11, cmake, ninja, rich,
@@ -26,19 +26,20 @@ set -uo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 declare -A plans=(
   [correctness]="machine build smoke tests memcheck racecheck"
-  [performance]="machine build rates profile svd linear step"
+  [performance]="machine build rates model profile linear svd step"
   [evidence]="machine build compare"
 )
 # Seconds: about twice what each should take on a card, so that one that hangs costs the others little.
 declare -A limits=(
   [machine]=60 [build]=150 [smoke]=120 [tests]=150 [memcheck]=80 [racecheck]=80
-  [rates]=45 [profile]=120 [svd]=110 [linear]=110 [step]=90
+  [rates]=45 [model]=110 [profile]=100 [linear]=110 [svd]=100 [step]=80
   [compare]=420
 )
 # Where the output of a stage goes.
 declare -A texts=(
   [machine]=log [build]=build [smoke]=smoke [tests]=tests [memcheck]=sanitizer [racecheck]=sanitizer
-  [rates]=performance [profile]=performance [svd]=performance [linear]=performance [step]=performance
+  [rates]=performance [model]=performance [profile]=performance [svd]=performance [linear]=performance
+  [step]=performance
   [compare]=evidence
 )
 grace=5   # seconds between asking a stage to end and ending it
@@ -138,14 +139,22 @@ racecheck() { sanitize racecheck; }
 rates() { exec "$python" bench/gpu_rates.py --device "$device"; }
 profile() { exec "$python" bench/gpu_profile.py --device "$device"; }
 
+model() {  # all linears of a model, a block's step, a token
+  local common=(bench/llama.py --device "$device" --threads "$threads" --output "$scratch")
+  [[ $device == cuda ]] || exec "$python" "${common[@]}" --scale 64 --blocks 1 --rows 4 --rank 8 --repetitions 1
+  exec "$python" "${common[@]}" --repetitions 3
+}
+
 svd() {  # batches against what PEFT calls; then cuSOLVER's drivers for one matrix
   local common=(bench/svd.py --device "$device" --threads "$threads" --no-memory --source stored --output "$scratch")
   if [[ $device == cpu ]]; then
     exec "$python" "${common[@]}" --preset quick --shapes 64x48 --batch 1 --peers lowrank-4
   fi
   local rc=0
+  "$python" "${common[@]}" --shapes 4096x4096 --ranks 64 128 --batch 32 --tols 1e-3 --reference osora --peers \
+    --repetitions 3 || rc=$?
   "$python" "${common[@]}" --shapes 4096x4096 11008x4096 --ranks 64 128 --batch 1 8 --tols 1e-3 \
-    --peers lowrank-4 lowrank-16 --repetitions 3 || rc=$?
+    --peers lowrank-4 lowrank-16 --repetitions 3 --slow 1 || rc=$?
   "$python" "${common[@]}" --shapes 4096x4096 --ranks 64 --batch 1 --tols 1e-3 --peers gesvdr gesvda gesvdp \
     --repetitions 3 --slow 1 || rc=$?
   return "$rc"
@@ -159,8 +168,10 @@ linear() {
   fi
   local peers=(frozen osora op-by-op)
   "$python" -c 'import peft' 2> /dev/null && peers+=(vera lora)
-  exec "$python" "${common[@]}" --models llama3-8b --rows 512 2048 8192 --ranks 64 --dtypes bfloat16 --no-multi \
-    --peers "${peers[@]}" --repetitions 5 --spend 0.2
+  local rc=0 more=(--ranks 64 --dtypes bfloat16 --peers "${peers[@]}" --repetitions 5 --spend 0.2)
+  "$python" "${common[@]}" --shapes 4096x4096 --rows 8192 1 512 --multi-shapes 4096x4096 "${more[@]}" || rc=$?
+  "$python" "${common[@]}" --models llama3-8b --rows 512 2048 8192 --no-multi "${more[@]}" || rc=$?
+  return "$rc"
 }
 
 step() {
@@ -202,12 +213,12 @@ built=$root/build/gpu
 sanitizer=$(command -v compute-sanitizer || true)
 [[ -n $sanitizer || ! -x /usr/local/cuda/bin/compute-sanitizer ]] || sanitizer=/usr/local/cuda/bin/compute-sanitizer
 export python device cores threads built sanitizer scratch absent again folder assets resume OSORA_RESULTS_JSONL=$folder/results.jsonl
-export -f machine build smoke tests sanitize memcheck racecheck rates profile svd linear step compare
+export -f machine build smoke tests sanitize memcheck racecheck rates model profile svd linear step compare
 touch "$OSORA_RESULTS_JSONL"
 failed=0 unfinished=0 unbuilt=no ours=no running="" current="" began=0
 
 say() { echo "== $*" | tee -a "$folder/log.txt"; }
-report() { "$python" bench/gpu_report.py "$folder" || echo "the report could not be written" >&2; }
+report() { "$python" bench/gpu_report.py "$folder" "$@" || echo "the report could not be written" >&2; }
 
 stop_stage() {  # nothing of a stage outlives it
   [[ -z $running ]] || kill -KILL -- "-$running" 2> /dev/null
@@ -284,7 +295,7 @@ for name in ${plans[$plan]}; do
   stage "$name"
 done
 say "plan $plan ended after $SECONDS s"
-report
+if [[ $plan == performance ]]; then report --goals | tee -a "$folder/performance.txt"; else report; fi
 ((failed)) && exit 1
 ((unfinished)) && exit 3
 exit 0

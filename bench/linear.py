@@ -220,6 +220,7 @@ def parse(argv: list[str] | None) -> tuple[argparse.Namespace, list[Case]]:
     add("--seed", type=int, default=0)
     add("--memory", action=argparse.BooleanOptionalAction, default=True, help="measure peak memory")
     add("--multi", action=argparse.BooleanOptionalAction, default=True, help="many adapters in one batch as well")
+    add("--multi-shapes", nargs="+", type=measure.shape_of, help="of many adapters (default: 2048x2048, 4096x4096)")
     add("--plot", type=Path, metavar="FILE", help="draw times over the frozen layer's, FILE.png or FILE.svg")
     add("--output", type=Path, help="folder for the JSON (default: bench/results)")
     options = parser.parse_args(argv)

@@ -4,6 +4,8 @@
 Nothing here looks at how long anything took.
 """
 
+import argparse
+import dataclasses
 import json
 
 import pytest
@@ -107,3 +109,72 @@ def test_many_adapters_on_a_card(bench, tmp_path, monkeypatch):
     for peer in part["peers"]:
         assert peer["seconds"]["median"] > 0 and peer["graph"]["median"] > 0
         assert peer["graph_over_one"]["median"] > 0
+
+
+def test_the_linears_of_a_model_on_a_card(bench, tmp_path, monkeypatch, capsys):
+    card = pretend(monkeypatch, bench, Card())
+    words = ["--device", "cpu", "--scale", "64", "--blocks", "2", "--rows", "4", "--rank", "8", "--repetitions", "2"]
+    assert bench("llama").main([*words, "--output", str(tmp_path)]) == 0
+    results = only_result(tmp_path)["results"]
+    found = results["attach"]
+    assert found["matrices"] == 14 and found["unconverged"] == 0 and found["worst_residual"] <= 1e-3
+    assert sum(count for *_, count in found["batches"]) == 14 and found["lowrank"]["measured"] == 8
+    assert f"measured on 8 of {found['matrices']}" in capsys.readouterr().out
+    assert list(results["block"]["peers"]) == ["frozen", "osora", "lora"] and results["block"]["floor"] > 1
+    assert results["decode"]["linears"] == 14 and list(results["decode"]["peers"]) == ["frozen", "osora"]
+    for part in ("block", "decode"):
+        assert results[part]["peers"]["osora"]["graph_over_frozen"]["median"] > 0
+        assert results[part]["peers"]["osora"]["queued_over_frozen"]["median"] > 0
+    assert "queued_over_lora" in results["block"]["peers"]["osora"] and card.captures == 5
+
+
+def test_the_linears_of_a_model_are_many(bench):
+    """Memory of its own for each, other numbers, the same singular values; 224 of the model's shapes."""
+    llama = bench("llama")
+    assert 32 * len(llama.LINEARS) == 224 and llama.BLOCKS == 32
+    options = argparse.Namespace(device="cpu", dtype="bfloat16", rank=4, scale=128, blocks=9, seed=0)
+    model = llama.make_model(options)
+    weights = [linear.weight for block in model.module for linear in block.values()]
+    assert len({weight.data_ptr() for weight in weights}) == len(weights) == 63 == len(model.origin)
+    same = [weight for weight in weights if weight.shape == (32, 32)]
+    assert not any(torch.equal(a, b) for place, a in enumerate(same) for b in same[:place])
+    first, turned = same[0], same[8]
+    torch.testing.assert_close(torch.linalg.svdvals(first.double()), torch.linalg.svdvals(turned.double()))
+    assert model.origin["0.q_proj"] == model.origin["2.q_proj"] == 0  # four of this shape in a block, eight are made
+
+
+@pytest.mark.parametrize("spoil, complaint", [("residuals", "is reported"), ("S", "a singular value is off by")])
+def test_wrong_factors_are_refused(bench, tmp_path, monkeypatch, capsys, spoil, complaint):
+    llama, right = bench("llama"), bench("llama").decompose_targets
+
+    def wrong(*arguments, **options):
+        for target, factors in right(*arguments, **options):
+            value = getattr(factors, spoil)
+            spoilt = value + 1e-2 if spoil == "residuals" else value * (1 + 3e-4)
+            yield target, dataclasses.replace(factors, **{spoil: spoilt})
+
+    monkeypatch.setattr(llama, "decompose_targets", wrong)
+    words = ["attach", "--device", "cpu", "--scale", "64", "--blocks", "1", "--rank", "8", "--output", str(tmp_path)]
+    assert llama.main(words) == 1
+    assert complaint in capsys.readouterr().err and not list(tmp_path.iterdir())
+
+
+def test_a_step_of_training_on_a_card(bench, tmp_path, monkeypatch, capsys):
+    card = pretend(monkeypatch, bench, Card())
+    words = ["--quick", "--threads", "1", "--no-memory", "--dtype", "float32", "--output", str(tmp_path)]
+    assert bench("step").main(words) == 0
+    (part,) = only_result(tmp_path)["results"]
+    assert card.captures == len(part["peers"])
+    for name, facts in part["peers"].items():
+        assert ("graph_over_frozen" in facts) == (name != "frozen") and facts["graph"]["median"] > 0
+    assert "osora / frozen in a graph" in capsys.readouterr().out
+
+
+def test_init_and_svd_on_a_card(bench, tmp_path, monkeypatch):
+    card = pretend(monkeypatch, bench, Card())
+    assert bench("init").main(["--quick", "--threads", "1", "--dtype", "float32", "--output", str(tmp_path / "a")]) == 0
+    assert card.waits
+    waits = card.waits
+    words = ["--preset", "quick", "--threads", "1", "--shapes", "96x64", "--batch", "1", "--peers", "lowrank-4"]
+    assert bench("svd").main([*words, "--output", str(tmp_path / "b")]) == 0
+    assert card.waits > waits
