@@ -69,12 +69,14 @@ def time_on_card(case: Case, rows: list[Row], inputs: list[tuple[Tensor, Tensor]
     calls["forward"] = {name: turn.forward for name, turn in turns.items()}
     first = interleaved({"first": next(iter(turns.values())).both}, 1, device=device, each=sets)["first"].median
     count = max(options.repetitions, min(MOST_REPETITIONS, math.ceil(options.spend / first)))
-    for part, of_part in calls.items():
+    for part, of_part in calls.items():  # a capture that fails may leave a card that captures no more: these come first
         times = interleaved(of_part, count, device=device, each=sets)
+        for row, name in zip(rows, turns, strict=True):
+            setattr(row, part, times[name])
+    for part, of_part in calls.items():
         replays, reasons = clock.graphs(of_part, card)
         replayed = interleaved(replays, count, device=device, each=sets) if replays else {}
         for row, name in zip(rows, turns, strict=True):
-            setattr(row, part, times[name])
             setattr(row, "graph" if part == "step" else "graph_forward", replayed.get(name))
             row.no_graph = row.no_graph or reasons.get(name)
     for row in rows:

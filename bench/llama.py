@@ -47,6 +47,8 @@ KNOWN, TURN = 8, 37  # matrices of a shape that are made; rows by which the othe
 LOWRANK = (4, 2, 2)  # matrices of each shape that svd_lowrank is timed on
 PARTS = ("attach", "block", "decode")
 
+Tell = Callable[[str, dict[str, Any]], None]  # what a part has found, as soon as it has
+
 
 @dataclass
 class Model:
@@ -120,7 +122,7 @@ def check_factors(model: Model, config: osora.OsoraConfig) -> dict[str, Any]:
     return {**facts, "passes": [min(passes), max(passes)], "batches": sizes}
 
 
-def attach(options: argparse.Namespace) -> dict[str, Any]:
+def attach(options: argparse.Namespace, tell: Tell) -> None:
     """Check, time, compare."""
     model = make_model(options)
     count, card = len(model.origin), clock.card_of(options.device)
@@ -141,7 +143,8 @@ def attach(options: argparse.Namespace) -> dict[str, Any]:
     console.print(f"  worst residual in float64 {facts['worst_residual']:.1e}, {facts['unconverged']} not converged,")
     shown = "not measured" if peak is None else show_bytes(peak)
     console.print(f"  passes {facts['passes']}, memory beyond the model {shown}, batches {facts['batches']}")
-    return facts | {"lowrank": lowrank(model, options, card)}
+    tell("attach", facts)
+    tell("lowrank", lowrank(model, options, card))
 
 
 def lowrank(model: Model, options: argparse.Namespace, card: clock.Card | None) -> dict[str, Any]:
@@ -214,7 +217,7 @@ def compare(
     return facts
 
 
-def block(options: argparse.Namespace) -> dict[str, Any]:
+def block(options: argparse.Namespace, tell: Tell) -> None:
     """Forward and backward of seven linears, each with an input of its own, and nothing between them."""
     names = ("frozen", "osora", "lora") if measure.installed("peft") else ("frozen", "osora")
     made = made_layers(names, 0, options.rows, options, checked=True)
@@ -223,11 +226,11 @@ def block(options: argparse.Namespace) -> dict[str, Any]:
     extra = sum(options.rank * layers.columns("osora", d, k)[1] for d, k in shapes)
     floor = 1 + extra / sum(2 * d * k for d, k in shapes)
     title = f"block: seven linears, {options.rows} rows, r = {options.rank}, forward and backward"
-    return {"rows": options.rows, **compare(title, calls, options, floor)}
+    tell("block", {"rows": options.rows, **compare(title, calls, options, floor)})
 
 
 @torch.no_grad()
-def decode(options: argparse.Namespace) -> dict[str, Any]:
+def decode(options: argparse.Namespace, tell: Tell) -> None:
     """One row through every linear of the model, without gradients."""
     made = []
     for number in range(options.blocks):
@@ -238,7 +241,8 @@ def decode(options: argparse.Namespace) -> dict[str, Any]:
         return lambda: [peers[name](x) for peers, x, _ in made]
 
     title = f"decode: one row through {len(made)} linears, r = {options.rank}"
-    return {"linears": len(made), **compare(title, {"frozen": run("frozen"), "osora": run("osora")}, options)}
+    calls = {name: run(name) for name in ("frozen", "osora")}
+    tell("decode", {"linears": len(made), **compare(title, calls, options)})
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -272,9 +276,13 @@ def main(argv: list[str] | None = None) -> int:
         check_device(options.device)
         settings = {name: value for name, value in vars(options).items() if name not in ("output", "what")}
         run, results = Run("llama", options.device, settings), {}
+
+        def tell(part: str, facts: dict[str, Any]) -> None:
+            results[part] = facts
+            run.case({"part": part, **facts})
+
         for name in options.what or PARTS:
-            results[name] = {"attach": attach, "block": block, "decode": decode}[name](options)
-            run.case({"part": name, **results[name]})
+            {"attach": attach, "block": block, "decode": decode}[name](options, tell)
         run.finish({"results": results}, options.output)
     except Refused as reason:
         print(f"refused: {reason}", file=sys.stderr)

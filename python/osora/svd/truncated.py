@@ -156,8 +156,9 @@ def decompose(
 
     ``names`` key the random streams: on a CPU a matrix gives the same factors alone, in any batch and on any rank of a
     distributed job, on a GPU factors that are equal to rounding: its libraries choose their kernels by the batch, and
-    only the same batch can be expected to give the same bits. The certificate holds either way. Messages about a weight call it by its label, which is its name if ``labels`` are not given, and
-    where no certificate was reached name ``else_use`` as a cure.
+    only the same batch can be expected to give the same bits. The certificate holds either way. Messages about a
+    weight call it by its label, which is its name if ``labels`` are not given, and where no certificate was reached
+    name ``else_use`` as a cure.
     """
     check_max_memory(max_memory)
     check_unconverged(unconverged)
