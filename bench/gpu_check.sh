@@ -1,21 +1,24 @@
 #!/usr/bin/env bash
 # SPDX-License-Identifier: Apache-2.0
-# What a card is needed for, in two plans of some minutes each, without a network.
+# What a card is needed for, in three plans of some minutes each, without a network.
 #
-#   bench/gpu_check.sh correctness|performance [--output FOLDER] [--python PYTHON] [--device cuda|cpu]
-#                      [--minutes 8] [--stages NAME,NAME,...]
+#   bench/gpu_check.sh correctness|performance|evidence [--output FOLDER] [--python PYTHON] [--device cuda|cpu]
+#                      [--minutes 8] [--stages NAME,NAME,...] [--assets FOLDER] [--resume FILE]
 #
-# correctness: machine build smoke tests memcheck racecheck. performance: machine build rates profile svd linear step.
-# Correctness first. PYTHON (default: python3) must have torch (a CUDA build), pybind11, cmake, ninja, rich,
+# correctness: machine build smoke tests memcheck racecheck. performance: machine build rates model profile linear svd step.
+# evidence: machine build compare.
+# Correctness first. Evidence is examples/compare.py on the models and data in --assets (gpu_pack.sh), which goes on
+# from the cells.jsonl of --resume. PYTHON (default: python3) must have torch (a CUDA build), pybind11, cmake, ninja, rich,
 # safetensors, pytest and pytest-xdist; step wants transformers and peft too; nvcc must be found. osora is built into
 # build/gpu, where the next build is quick, and what is installed stays as it is. --device cpu is a rehearsal without
 # a card on tiny sizes, with the osora that PYTHON has (OSORA_GPU_BUILD=1: with one built for it).
 #
 # --minutes is for the whole: a stage gets its own limit or what is left, and is cut there. What becomes of one stage
 # stops no other, but nothing runs on a build that failed. Everything stands in FOLDER (default: $OUT, or
-# bench/results/gpu-DATE) as it comes, in at most 8 files for both plans: log.txt (stages, limits, seconds, the
-# machine), build.txt, smoke.txt, tests.txt, sanitizer.txt, performance.txt, results.jsonl (a line for each check and
-# case) and report.json, written anew around each stage. So whoever kills this loses only what was not yet found.
+# bench/results/gpu-DATE) as it comes, in at most 8 files: log.txt (stages, limits, seconds, the machine), build.txt,
+# smoke.txt, tests.txt, sanitizer.txt, performance.txt, results.jsonl (a line for each check and case) and report.json,
+# written anew around each stage. Evidence wants a folder of its own, for evidence.txt, cells.jsonl (a line for each
+# training run), comparison.md and comparison.png. So whoever kills this loses only what was not yet found.
 # Exit code: 0 all stages passed, 1 one failed, 2 wrong words, 3 one was cut or skipped and none failed, or there is no
 # card.
 set -uo pipefail
@@ -23,31 +26,36 @@ set -uo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 declare -A plans=(
   [correctness]="machine build smoke tests memcheck racecheck"
-  [performance]="machine build rates profile svd linear step"
+  [performance]="machine build rates model profile linear svd step"
+  [evidence]="machine build compare"
 )
 # Seconds: about twice what each should take on a card, so that one that hangs costs the others little.
 declare -A limits=(
   [machine]=60 [build]=150 [smoke]=120 [tests]=150 [memcheck]=80 [racecheck]=80
-  [rates]=45 [profile]=120 [svd]=110 [linear]=110 [step]=90
+  [rates]=45 [model]=110 [profile]=100 [linear]=110 [svd]=100 [step]=80
+  [compare]=420
 )
 # Where the output of a stage goes.
 declare -A texts=(
   [machine]=log [build]=build [smoke]=smoke [tests]=tests [memcheck]=sanitizer [racecheck]=sanitizer
-  [rates]=performance [profile]=performance [svd]=performance [linear]=performance [step]=performance
+  [rates]=performance [model]=performance [profile]=performance [svd]=performance [linear]=performance
+  [step]=performance
+  [compare]=evidence
 )
 grace=5   # seconds between asking a stage to end and ending it
 absent=77 # what a stage returns that finds nothing to run
+again=75  # and one that stopped by itself when its time was over: it goes on where it was
 
 usage() { sed -n '3,/^set -uo/{/^#/s/^# \{0,1\}//p}' "${BASH_SOURCE[0]}"; }
 wrong() { echo "$1" >&2; exit 2; }
 
 # ---- what was asked for -----------------------------------------------------------------------------------------
 
-plan="" python=python3 device=cuda minutes=8 output="" chosen=""
+plan="" python=python3 device=cuda minutes=8 output="" chosen="" assets="" resume=""
 while (($#)); do
   case $1 in
     -h | --help) usage; exit 0 ;;
-    --output | --python | --device | --minutes | --stages)
+    --output | --python | --device | --minutes | --stages | --assets | --resume)
       [[ -n ${2:-} ]] || wrong "$1 needs a value"
       case $1 in
         --output) output=$2 ;;
@@ -55,18 +63,24 @@ while (($#)); do
         --device) device=$2 ;;
         --minutes) minutes=$2 ;;
         --stages) chosen=${2//,/ } ;;
+        --assets) assets=$2 ;;
+        --resume) resume=$2 ;;
       esac
       shift 2 ;;
-    -*) wrong "unknown option $1: there are --output, --python, --device, --minutes, --stages, --help" ;;
+    -*) wrong "unknown option $1: there are --output, --python, --device, --minutes, --stages, --assets, --resume, --help" ;;
     *) [[ -z $plan ]] || wrong "one plan at a time: $plan or $1"; plan=$1; shift ;;
   esac
 done
-[[ -n $plan && -n ${plans[$plan]:-} ]] || wrong "the plan is correctness or performance, got ${plan:-none}"
+[[ -n $plan && -n ${plans[$plan]:-} ]] || wrong "the plan is correctness, performance or evidence, got ${plan:-none}"
 [[ $device == cuda || $device == cpu ]] || wrong "--device is cuda or cpu, got $device"
 [[ $minutes =~ ^[0-9]+(\.[0-9]+)?$ ]] || wrong "--minutes is a number such as 8 or 2.5, got $minutes"
 for name in $chosen; do
   [[ " ${plans[$plan]} " == *" $name "* ]] || wrong "$plan has no stage $name; it has: ${plans[$plan]}"
 done
+[[ -z $assets || -d $assets ]] || wrong "there is no folder $assets"
+[[ -z $resume || -e $resume ]] || wrong "there is no $resume to go on from"
+[[ -z $assets ]] || assets=$(realpath "$assets")
+[[ -z $resume ]] || resume=$(realpath "$resume")
 command -v "$python" > /dev/null || wrong "there is no $python: name one with --python"
 python=$(command -v "$python")
 [[ $python == /* ]] || python=$PWD/$python
@@ -125,14 +139,22 @@ racecheck() { sanitize racecheck; }
 rates() { exec "$python" bench/gpu_rates.py --device "$device"; }
 profile() { exec "$python" bench/gpu_profile.py --device "$device"; }
 
+model() {  # all linears of a model, a block's step, a token
+  local common=(bench/llama.py --device "$device" --threads "$threads" --output "$scratch")
+  [[ $device == cuda ]] || exec "$python" "${common[@]}" --scale 64 --blocks 1 --rows 4 --rank 8 --repetitions 1
+  exec "$python" "${common[@]}" --repetitions 3
+}
+
 svd() {  # batches against what PEFT calls; then cuSOLVER's drivers for one matrix
   local common=(bench/svd.py --device "$device" --threads "$threads" --no-memory --source stored --output "$scratch")
   if [[ $device == cpu ]]; then
     exec "$python" "${common[@]}" --preset quick --shapes 64x48 --batch 1 --peers lowrank-4
   fi
   local rc=0
+  "$python" "${common[@]}" --shapes 4096x4096 --ranks 64 128 --batch 32 --tols 1e-3 --reference osora --peers \
+    --repetitions 3 || rc=$?
   "$python" "${common[@]}" --shapes 4096x4096 11008x4096 --ranks 64 128 --batch 1 8 --tols 1e-3 \
-    --peers lowrank-4 lowrank-16 --repetitions 3 || rc=$?
+    --peers lowrank-4 lowrank-16 --repetitions 3 --slow 1 || rc=$?
   "$python" "${common[@]}" --shapes 4096x4096 --ranks 64 --batch 1 --tols 1e-3 --peers gesvdr gesvda gesvdp \
     --repetitions 3 --slow 1 || rc=$?
   return "$rc"
@@ -146,8 +168,10 @@ linear() {
   fi
   local peers=(frozen osora op-by-op)
   "$python" -c 'import peft' 2> /dev/null && peers+=(vera lora)
-  exec "$python" "${common[@]}" --models llama3-8b --rows 512 2048 8192 --ranks 64 --dtypes bfloat16 --no-multi \
-    --peers "${peers[@]}" --repetitions 5 --spend 0.2
+  local rc=0 more=(--ranks 64 --dtypes bfloat16 --peers "${peers[@]}" --repetitions 5 --spend 0.2)
+  "$python" "${common[@]}" --shapes 4096x4096 --rows 8192 1 512 --multi-shapes 4096x4096 "${more[@]}" || rc=$?
+  "$python" "${common[@]}" --models llama3-8b --rows 512 2048 8192 --no-multi "${more[@]}" || rc=$?
+  return "$rc"
 }
 
 step() {
@@ -158,6 +182,29 @@ step() {
   exec "$python" "${common[@]}" --model random --dtype bfloat16 --batch 8 --tokens 512 --repetitions 5
 }
 
+compare() {  # ends by itself before its limit, so that the report is of all that was done
+  local words=(--device "$device" --output "$scratch/compare" --cells "$folder/cells.jsonl") tasks rc=0
+  [[ -z $resume ]] || words+=(--resume "$resume")
+  if [[ $device == cpu ]]; then
+    words+=(--size tiny --jobs 1 --methods base osora lora)
+  else
+    [[ -z $assets ]] || export PYTHONPATH=$assets/site${PYTHONPATH:+:$PYTHONPATH}
+    local wordnet=${assets:-/usr/share/wordnet}
+    read -r -a tasks < <("$python" examples/compare_assets.py "$wordnet" 2>> "$folder/evidence.txt")
+    ((${#tasks[@]})) || { echo "no model and data of examples/compare.py are here"; return "$absent"; }
+    words+=(--size card --tasks "${tasks[@]}" --wordnet "$wordnet")
+    words+=(--minutes "$(awk -v limit="$limit" 'BEGIN { printf "%.2f", (limit - 30) / 60 }')")
+    [[ ! -f $assets/gsm8k_train.jsonl ]] || words+=(--gsm8k "$assets/gsm8k_train.jsonl")
+  fi
+  "$python" examples/compare.py "${words[@]}" || rc=$?
+  for file in comparison.md comparison.png; do
+    [[ ! -f $scratch/compare/$file ]] || cp "$scratch/compare/$file" "$folder/"
+  done
+  [[ ! -f $folder/comparison.md ]] || cat "$folder/comparison.md"
+  ((rc == 3)) && return "$again"
+  return "$rc"
+}
+
 # ---- running them -----------------------------------------------------------------------------------------------
 
 mkdir -p "$folder" || exit 2
@@ -165,13 +212,13 @@ scratch=$(mktemp -d) || exit 2
 built=$root/build/gpu
 sanitizer=$(command -v compute-sanitizer || true)
 [[ -n $sanitizer || ! -x /usr/local/cuda/bin/compute-sanitizer ]] || sanitizer=/usr/local/cuda/bin/compute-sanitizer
-export python device cores threads built sanitizer scratch absent OSORA_RESULTS_JSONL=$folder/results.jsonl
-export -f machine build smoke tests sanitize memcheck racecheck rates profile svd linear step
+export python device cores threads built sanitizer scratch absent again folder assets resume OSORA_RESULTS_JSONL=$folder/results.jsonl
+export -f machine build smoke tests sanitize memcheck racecheck rates model profile svd linear step compare
 touch "$OSORA_RESULTS_JSONL"
 failed=0 unfinished=0 unbuilt=no ours=no running="" current="" began=0
 
 say() { echo "== $*" | tee -a "$folder/log.txt"; }
-report() { "$python" bench/gpu_report.py "$folder" || echo "the report could not be written" >&2; }
+report() { "$python" bench/gpu_report.py "$folder" "$@" || echo "the report could not be written" >&2; }
 
 stop_stage() {  # nothing of a stage outlives it
   [[ -z $running ]] || kill -KILL -- "-$running" 2> /dev/null
@@ -205,7 +252,7 @@ stage() {  # stage NAME: run it under its limit, log and report, whatever become
   say "begin $1: limit $limit s, at $SECONDS s"
   [[ ${texts[$1]} == log ]] || echo "== begin $1" >> "$text"
   report
-  timeout -k "$grace" "$limit" bash -c "$1" >> "$text" 2>&1 < /dev/null &
+  limit=$limit timeout -k "$grace" "$limit" bash -c "$1" >> "$text" 2>&1 < /dev/null &
   running=$!
   { wait "$running"; } 2> /dev/null # what bash says of a process that was killed
   rc=$?
@@ -214,6 +261,7 @@ stage() {  # stage NAME: run it under its limit, log and report, whatever become
   state=failed
   ((rc == 0)) && state=passed
   ((rc == absent)) && state=skipped
+  ((rc == again)) && state=cut
   # timeout's own codes; whoever is ended by somebody else before the limit has failed
   if ((rc == 124 || (rc == 137 && SECONDS - began >= limit))); then state=cut; fi
   case $state in
@@ -247,7 +295,7 @@ for name in ${plans[$plan]}; do
   stage "$name"
 done
 say "plan $plan ended after $SECONDS s"
-report
+if [[ $plan == performance ]]; then report --goals | tee -a "$folder/performance.txt"; else report; fi
 ((failed)) && exit 1
 ((unfinished)) && exit 3
 exit 0

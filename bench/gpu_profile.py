@@ -17,11 +17,12 @@ from collections.abc import Callable
 from itertools import pairwise
 from typing import Any
 
+import clock
 import measure
 import spectra
 import torch
 import torch.nn.functional as F
-from gpu_smoke import captured, short
+from gpu_smoke import short
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
@@ -84,6 +85,17 @@ def kernels(title: str, call: Callable[[], object], device: str) -> None:
     tell(profile=title, **facts)
 
 
+def products(batched: Tensor, found: Any, device: str) -> float:
+    """Milliseconds that torch takes for as many products with W and its transpose, as wide, as these had."""
+    width = max(1, round(float(found.columns.double().mean() / found.passes.double().mean())))
+    count, d, k = batched.shape
+    right, left = (torch.randn(count, size, width, device=device).to(batched.dtype) for size in (k, d))
+    times = 10 if device == "cuda" else 2
+    both = milliseconds(lambda: torch.bmm(batched, right), device, times)
+    both += milliseconds(lambda: torch.bmm(batched.mT, left), device, times)
+    return both * float(found.passes.double().mean()) / 2
+
+
 def decompositions(device: str) -> None:
     """Milliseconds a matrix by shape, dtype, rank and batch, and what runs in a batch."""
     for d, k in SHAPES[device]:
@@ -103,7 +115,8 @@ def decompositions(device: str) -> None:
                         found = run()
                         took = milliseconds(run, device, 3)
                         facts = {"ms": took, "ms_each": took / batch, "passes": found.passes[[0, -1]].tolist()}
-                        tell(**about, **facts, converged=bool(found.converged.all()))
+                        share = products(batched, found, device) / took
+                        tell(**about, **facts, share_of_products=share, converged=bool(found.converged.all()))
                         if rank == RANKS[device][0] and (d, k) == SHAPES[device][0]:
                             kernels(f"svd {d}x{k} {short(dtype)} r{rank} batch {batch}", run, device)
                     except Exception as error:  # such as too little memory for this batch
@@ -155,7 +168,7 @@ def layer(device: str) -> None:
                     for part, call in (("forward", forward), ("step", step)):
                         took[part] = milliseconds(call, device, times)
                         if device == "cuda":
-                            took[f"{part}_graph"] = milliseconds(captured(call)[0], device, times)
+                            took[f"{part}_graph"] = milliseconds(clock.Card(device).capture(call)[0], device, times)
                 except Exception as error:
                     about["exception"] = f"{type(error).__name__}: {error}"[:300]
                 base = base or took

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """What gpu_check.sh has found so far, as one JSON: gpu_report.py FOLDER reads what lies there and writes report.json.
 
-It adds no judgement, and needs nothing but Python, so that it can be run around every stage, and by hand on what a
-killed run left. A stage that began and did not end is called unfinished.
+--goals prints what came of the goals of gpu_goals.py, too. It adds no other judgement, and needs nothing but Python, so
+that it can be run around every stage, and by hand on what a killed run left. A stage that began and did not end is
+called unfinished.
 """
 
 import json
@@ -13,6 +14,8 @@ import tempfile
 from collections import Counter
 from pathlib import Path
 from typing import Any
+
+import gpu_goals
 
 ROOT = Path(__file__).resolve().parents[1]
 TAIL = 3000  # characters of a stage's output
@@ -98,13 +101,15 @@ def report(folder: Path) -> dict[str, Any]:
         **{state: [stage["stage"] for stage in found if stage["state"] == state] for state in STATES},
         "cases": dict(Counter(line["benchmark"] for line in cases)),
         "failed_checks": wrong,
+        "goals": gpu_goals.judged(lines),
         "stages": found,
     }
 
 
 def main() -> int:
     folder = Path(sys.argv[1]).resolve()
-    content = json.dumps(report(folder), indent=1, ensure_ascii=False)
+    found = report(folder)
+    content = json.dumps(found, indent=1, ensure_ascii=False)
     places = ((str(folder), "FOLDER"), (str(ROOT), "."), (sys.prefix, "PYTHON"), (str(Path.home()), "HOME"))
     for place, short in places:  # where things lay is nobody's business
         if place not in ("/", "/usr", "/usr/local"):
@@ -114,6 +119,8 @@ def main() -> int:
         file.write(content + "\n")
     os.chmod(unfinished, 0o644)
     os.replace(unfinished, folder / "report.json")
+    if "--goals" in sys.argv[2:]:
+        print(gpu_goals.table(found["goals"]))
     return 0
 
 

@@ -18,6 +18,7 @@ import traceback
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import clock
 import measure
 import spectra
 import torch
@@ -204,7 +205,7 @@ class Checks:
             y = ops.linear(x, W, None, U, V, S0, s, o)
             return [y.detach(), *torch.autograd.grad(y.float().square().sum(), wanted)]
 
-        replay, results = captured(step)
+        replay, results = clock.Card("cuda").capture(step)
         with torch.no_grad():
             for tensor in wanted:
                 tensor.normal_(std=0.1)
@@ -278,20 +279,6 @@ class Checks:
             facts["same_bits_again"] = torch.equal(found.U, osora.truncated_svd(weight, rank).U)
             facts["same_bits_alone"] = torch.equal(found.U[-1], osora.truncated_svd(weight[-1], rank).U)
         return facts
-
-
-def captured(call: Callable[[], Any]) -> tuple[Callable[[], None], Any]:
-    """The call captured in a graph: what replays it, and its results, which the replay fills anew."""
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for _ in range(3):  # what is made at a first call is no part of a graph
-            call()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        results = call()
-    return graph.replay, results
 
 
 def run(check: Checks, small: bool) -> None:

@@ -17,12 +17,12 @@ and the ratio is to osora's run before it. osora and pissa_niter_16 run as often
 import argparse
 import math
 import sys
-import time
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import clock
 import loading
 import models
 import torch
@@ -35,7 +35,6 @@ from measure import (
     interleaved,
     show_ratio,
     show_seconds,
-    synchronise,
     table,
 )
 from spectra import Truth
@@ -102,12 +101,12 @@ def true_residuals(W: Tensor, U: Tensor, S: Tensor, V: Tensor) -> tuple[Tensor, 
 
 def errors_of(W: Tensor, truth: tuple[Tensor, Tensor, Tensor], found: Found) -> tuple[Errors, Tensor]:
     """The errors of one matrix, and the true residuals of its left side."""
-    U, S, V = (t.detach().to("cpu", torch.float64) for t in (found.U, found.S, found.V))
+    U, S, V = (t.detach().to(W.device, torch.float64) for t in (found.U, found.S, found.V))
     if not all(bool(t.isfinite().all()) for t in (U, S, V)):
         return Errors(*[math.inf] * 4), torch.full_like(S, math.inf)
     true_U, true_S, true_V = truth
     left, right = true_residuals(W, U, S, V)
-    eye = torch.eye(len(S), dtype=torch.float64)
+    eye = torch.eye(len(S), dtype=torch.float64, device=W.device)
     return Errors(
         sigma=float(((S - true_S).abs() / relative_to(true_S)).max()),
         residual=float(torch.maximum(left, right).max()),
@@ -125,7 +124,7 @@ def complaints(name: str, errors: Errors, true: Tensor, claimed: Decomposition, 
         wrong.append(f"{name}: a singular value is off by {errors.sigma:.1e}, relative")
     if errors.orthogonality > 10 * SIGMA_TOLERANCE:
         wrong.append(f"{name}: its vectors are orthonormal only to {errors.orthogonality:.1e}")
-    reported = claimed.residuals.to(torch.float64)
+    true, reported = true.cpu(), claimed.residuals.to("cpu", torch.float64)
     for a, b in ((true, reported), (reported, true)):
         beyond = (a > RESIDUAL_FACTOR * b + ROUNDING).nonzero().flatten().tolist()
         if beyond:
@@ -203,19 +202,17 @@ class Group:
 
 def timed(call: Callable[[], Any], device: str) -> tuple[Any, Timing]:
     """One run and its time."""
-    synchronise(device)
-    began = time.perf_counter()
-    result = call()
-    synchronise(device)
-    return result, Timing((time.perf_counter() - began,))
+    results: list[Any] = []
+    seconds = clock.seconds_of(lambda: results.append(call()), clock.card_of(device))
+    return results[0], Timing((seconds,))
 
 
 def truth_of(target: Target, known: Mapping[str, Truth]) -> tuple[Tensor, Tensor, Tensor]:
-    """U, S and V in float64: what is known, or of an SVD on the CPU."""
+    """U, S and V in float64, where the weight is: what is known, or of an SVD."""
     if target.name in known:
         true = known[target.name].top(target.rank)
         return true.U, true.S, true.V
-    U, S, Vh = torch.linalg.svd(oriented_weight(target.module).detach().to("cpu", torch.float64), full_matrices=False)
+    U, S, Vh = torch.linalg.svd(oriented_weight(target.module).detach().double(), full_matrices=False)
     return U[:, : target.rank].clone(), S[: target.rank].clone(), Vh[: target.rank].mT.clone()
 
 
@@ -234,7 +231,7 @@ def check(
 
     def compare(name: str, answers: list[Found]) -> None:
         for i, target in enumerate(batch):
-            W = oriented_weight(target.module).detach().to("cpu", torch.float64)
+            W = oriented_weight(target.module).detach().double()
             errors, left = errors_of(W, truth[i], answers[i])
             worst[name] |= errors
             if name == "osora":

@@ -2,6 +2,7 @@
 """The layers that bench/linear.py compares: one base weight, an adapter of each kind around it, real modules all."""
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -92,13 +93,16 @@ class Basis:
     V: Tensor
 
 
+def draw(device: str, seed: int) -> Callable[..., Tensor]:
+    """Normal float32 numbers of a size, made where they are wanted: a CPU takes seconds for those of a card."""
+    where = device if device.startswith("cuda") else "cpu"
+    generator = torch.Generator(where).manual_seed(seed)
+    return lambda *size: torch.randn(*size, generator=generator, device=where)
+
+
 def make_basis(shape: Shape, rank: int, dtype: torch.dtype, device: str, seed: int) -> Basis:
     """Random numbers. The factors are not the weight's own: the arithmetic is the same, and no SVD is needed."""
-    generator = torch.Generator().manual_seed(seed)
-
-    def random(*size: int) -> Tensor:
-        return torch.randn(*size, generator=generator)
-
+    random = draw(device, seed)
     linear = nn.utils.skip_init(nn.Linear, shape.k, shape.d, bias=shape.bias, device=device, dtype=dtype)
     with torch.no_grad():
         linear.weight.copy_(random(shape.d, shape.k) / math.sqrt(shape.k))

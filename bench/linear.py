@@ -20,13 +20,14 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+import clock
 import layers
 import measure
 import models
 import multi
 import torch
 from layers import PEERS, Basis, Shape
-from linear_cases import DEFAULTS, FAMILIES, MOST_REPETITIONS, PRESETS, Case, Row, Step, Truth, check
+from linear_cases import DEFAULTS, FAMILIES, MOST_REPETITIONS, PRESETS, Case, Row, Step, Truth, Turns, check
 from linear_report import as_dict, pairs, plot, ratios, show, summary
 from measure import Refused, Run, Timing, check_device, console, gemm_rate, interleaved
 from torch import Tensor, nn
@@ -48,13 +49,38 @@ def prepare(case: Case, basis: Basis, options: argparse.Namespace) -> list[Row]:
 def time_rows(rows: list[Row], x: Tensor, dy: Tensor, options: argparse.Namespace) -> None:
     """In turn; the check was the warm-up. Short ones are repeated until the first has run for --spend seconds."""
     steps = {f"{row.peer} {row.rank}": Step(row.layer, x, dy) for row in rows}
-    device = str(x.device)
-    first = interleaved({"first": next(iter(steps.values()))}, 1, warm_up=0, device=device)["first"].median
+    first = interleaved({"first": next(iter(steps.values()))}, 1, warm_up=0)["first"].median
     count = max(options.repetitions, min(MOST_REPETITIONS, math.ceil(options.spend / first)))
-    times = interleaved(steps, count, warm_up=int(first < 0.1), device=device)
+    times = interleaved(steps, count, warm_up=int(first < 0.1))
     for row, (name, step) in zip(rows, steps.items(), strict=True):
         row.step, row.forward = times[name], Timing(tuple(step.forward[-count:]))
-        row.backward = Timing(tuple(a - b for a, b in zip(row.step.seconds, row.forward.seconds, strict=True)))
+        row.backward = row.step - row.forward
+
+
+def time_on_card(case: Case, rows: list[Row], inputs: list[tuple[Tensor, Tensor]], options: argparse.Namespace) -> None:
+    """By events, nothing waits between forward and backward; then replays of graphs, in which the host has no part."""
+    device, card = options.device, clock.card_of(options.device)
+    turns = {
+        f"{row.peer} {row.rank}": Turns([Step(layer, *each) for layer, each in zip(row.layers, inputs, strict=True)])
+        for row in rows
+    }
+    sets = len(inputs)
+    calls = {"step": {name: turn.both for name, turn in turns.items()}}
+    calls["forward"] = {name: turn.forward for name, turn in turns.items()}
+    first = interleaved({"first": next(iter(turns.values())).both}, 1, device=device, each=sets)["first"].median
+    count = max(options.repetitions, min(MOST_REPETITIONS, math.ceil(options.spend / first)))
+    for part, of_part in calls.items():  # a capture that fails may leave a card that captures no more: these come first
+        times = interleaved(of_part, count, device=device, each=sets)
+        for row, name in zip(rows, turns, strict=True):
+            setattr(row, part, times[name])
+    for part, of_part in calls.items():
+        replays, reasons = clock.graphs(of_part, card)
+        replayed = interleaved(replays, count, device=device, each=sets) if replays else {}
+        for row, name in zip(rows, turns, strict=True):
+            setattr(row, "graph" if part == "step" else "graph_forward", replayed.get(name))
+            row.no_graph = row.no_graph or reasons.get(name)
+    for row in rows:
+        row.backward = row.step - row.forward
 
 
 def measure_memory(rows: list[Row], x: Tensor, dy: Tensor) -> None:
@@ -69,23 +95,46 @@ def measure_memory(rows: list[Row], x: Tensor, dy: Tensor) -> None:
                 row.peak = max(0, measure.peak_memory(device) - before)
 
 
-def run_case(case: Case, basis: Basis, rate: float, options: argparse.Namespace) -> tuple[list[Row], dict[str, Any]]:
-    """Make, check, time, measure, show."""
-    generator = torch.Generator().manual_seed(options.seed + case.n)
+def inputs_of(case: Case, seed: int, options: argparse.Namespace) -> tuple[Tensor, Tensor]:
+    """x, which wants a gradient, and dy."""
+    random = layers.draw(options.device, seed)
     where: dict[str, Any] = {"device": options.device, "dtype": models.DTYPES[case.dtype]}
-    x, dy = (torch.randn(case.n, size, generator=generator).to(**where) for size in (case.shape.k, case.shape.d))
-    x.requires_grad_()
-    rows = prepare(case, basis, options)
-    check(case, rows, Truth(basis, x, dy, options.seed), x, dy)
+    x, dy = (random(case.n, size).to(**where) for size in (case.shape.k, case.shape.d))
+    return x.requires_grad_(), dy
+
+
+def sets_of(case: Case, options: argparse.Namespace) -> int:
+    """How many weights and inputs take turns."""
+    d, k = case.shape.d, case.shape.k
+    size = (d * k + case.n * (d + k)) * models.DTYPES[case.dtype].itemsize
+    return clock.sets_for(clock.card_of(options.device), size)
+
+
+def run_case(
+    case: Case, bases: list[Basis], rate: float, options: argparse.Namespace
+) -> tuple[list[Row], dict[str, Any]]:
+    """Make, check, time, measure, show. Of the bases beyond the first as many as have to take turns are used."""
+    bases = bases[: sets_of(case, options)]
+    inputs = [inputs_of(case, options.seed + case.n + 1000 * number, options) for number in range(len(bases))]
+    x, dy = inputs[0]
+    rows = prepare(case, bases[0], options)
+    check(case, rows, Truth(bases[0], x, dy, options.seed), x, dy)
     rows = [row for row in rows if row.peer in options.peers]
     resident = {id(t): t for row in rows for t in (*row.layer.parameters(), *row.layer.buffers())}
     for row in rows:
         row.saved = measure.saved_bytes(lambda row=row: row.layer(x), resident.values())
-    time_rows(rows, x, dy, options)
+    if clock.card_of(options.device) is None:
+        time_rows(rows, x, dy, options)
+    else:
+        for basis in bases[1:]:
+            more = {(row.peer, row.rank): row.layer for row in prepare(case, basis, options)}
+            for row in rows:
+                row.others.append(more[row.peer, row.rank])
+        time_on_card(case, rows, inputs, options)
     if options.memory:
         measure_memory(rows, x, dy)
     show(case, rows, rate)
-    return rows, as_dict(case, rows, rate)
+    return rows, {**as_dict(case, rows, rate), "sets": len(bases)}
 
 
 # -- a run -------------------------------------------------------------------------------------------------------------
@@ -103,13 +152,16 @@ def run_all(cases: list[Case], options: argparse.Namespace, run: Run) -> dict[st
         for shape in dict.fromkeys(case.shape for case in here):
             same = [case for case in here if case.shape == shape]
             widest = max(rank for case in same for rank in case.ranks)
-            basis = layers.make_basis(shape, widest, models.DTYPES[dtype], options.device, options.seed)
+            bases = [
+                layers.make_basis(shape, widest, models.DTYPES[dtype], options.device, options.seed + 1000 * number)
+                for number in range(max(sets_of(case, options) for case in same))
+            ]
             for case in same:
-                rows, result = run_case(case, basis, rates[dtype]["before"], options)
+                rows, result = run_case(case, bases, rates[dtype]["before"], options)
                 results.append(result)
                 run.case(result)
                 for row in rows:
-                    row.layer = nn.Identity()  # times alone are needed from here on
+                    row.layer, row.others = nn.Identity(), []  # times alone are needed from here on
                 drawn.append((case, rows))
         if options.multi:
             multi_results += multi.run(dtype, options, run.case)
@@ -170,6 +222,7 @@ def parse(argv: list[str] | None) -> tuple[argparse.Namespace, list[Case]]:
     add("--seed", type=int, default=0)
     add("--memory", action=argparse.BooleanOptionalAction, default=True, help="measure peak memory")
     add("--multi", action=argparse.BooleanOptionalAction, default=True, help="many adapters in one batch as well")
+    add("--multi-shapes", nargs="+", type=measure.shape_of, help="of many adapters (default: 2048x2048, 4096x4096)")
     add("--plot", type=Path, metavar="FILE", help="draw times over the frozen layer's, FILE.png or FILE.svg")
     add("--output", type=Path, help="folder for the JSON (default: bench/results)")
     options = parser.parse_args(argv)

@@ -7,7 +7,6 @@ from time import perf_counter
 from typing import Any
 
 import layers
-import measure
 import torch
 from layers import ABOUT, OSORA, PEERS, Basis, Shape
 from measure import Refused, Timing
@@ -80,10 +79,19 @@ class Row:
     forward: Timing = field(default_factory=lambda: Timing(()))
     backward: Timing = field(default_factory=lambda: Timing(()))
     step: Timing = field(default_factory=lambda: Timing(()))
+    # On a card alone: further layers that take turns with the first; times of a graph, or why there are none.
+    others: list[nn.Module] = field(default_factory=list)
+    graph: Timing | None = None
+    graph_forward: Timing | None = None
+    no_graph: str | None = None
+
+    @property
+    def layers(self) -> list[nn.Module]:
+        return [self.layer, *self.others]
 
 
 class Step:
-    """Forward and backward of a layer as a function without arguments. Notes when the forward was done."""
+    """Forward and backward of a layer as a function without arguments. Notes when the forward was done, on a CPU."""
 
     def __init__(self, layer: nn.Module, x: Tensor, dy: Tensor) -> None:
         self.layer, self.x, self.dy = layer, x, dy
@@ -94,9 +102,24 @@ class Step:
         """y and the gradients of x and of what is trained. As in a model, nobody adds them to others."""
         began = perf_counter()
         y = self.layer(self.x)
-        measure.synchronise(str(self.x.device))
         self.forward.append(perf_counter() - began)
         return (y, *torch.autograd.grad(y, self.wanted, self.dy))
+
+
+class Turns:
+    """Layers with inputs of their own, one after the other: on a card a call finds none of its numbers in the cache."""
+
+    def __init__(self, steps: list[Step]) -> None:
+        self.steps = steps
+
+    def forward(self) -> None:
+        """With what autograd keeps, as in training. What it returns is gone at once."""
+        for step in self.steps:
+            step.layer(step.x)
+
+    def both(self) -> None:
+        for step in self.steps:
+            step()
 
 
 # -- correctness -------------------------------------------------------------------------------------------------------

@@ -44,6 +44,8 @@ def show(case: Case, rows: list[Row], rate: float) -> None:
             over, over_floor = f"{middle:.3f} ({low:.3f}-{high:.3f})", f"{middle / row.floors[1]:.3f}"
             forward = f"{ratios(row, frozen, 'forward')[0]:.3f}"
         floor = f"{row.floors[1]:.3f}" if row.rank else ""
+        if row.graph and frozen and frozen.graph:
+            over += f"\ngraph {row.graph.ratio(frozen.graph)[0]:.3f}" if row is not frozen else ""
         errors = f"{max(row.errors.values()):.0e}" if row.errors else ""
         memory = "–" if row.peak is None else show_bytes(row.peak)
         times = [median_text(timing) for timing in (row.forward, row.backward, row.step)]
@@ -69,10 +71,24 @@ def as_dict(case: Case, rows: list[Row], rate: float) -> dict[str, Any]:
                 facts[name] = dict(zip(names, ratios(row, frozen, part), strict=True))
             facts["over_floor"] = facts["over_frozen"]["median"] / row.floors[1]
             facts["quickest_over_frozen"] = row.step.quickest_ratio(frozen.step)
+        facts |= graph_facts(row, frozen, ours.get(row.rank))
         if row.rank in ours and row.peer != "osora":
             facts["osora_over_this"] = dict(zip(names, ratios(ours[row.rank], row), strict=True))
         found.append(facts)
     return {**asdict(case), "repetitions": len(rows[0].step.seconds), "peers": found}
+
+
+def graph_facts(row: Row, frozen: Row | None, ours: Row | None) -> dict[str, Any]:
+    """Of the replays of captured graphs; nothing on a CPU."""
+    if row.graph is None:
+        return {"no_graph": row.no_graph} if row.no_graph else {}
+    facts: dict[str, Any] = {"graph": row.graph.as_dict()}
+    if row.graph_forward:
+        facts["graph_forward"] = row.graph_forward.as_dict()
+    for name, above, below in (("graph_over_frozen", row, frozen), ("graph_osora_over_this", ours, row)):
+        if above and below and above is not below and above.graph and below.graph:
+            facts[name] = dict(zip(("median", "min", "max"), above.graph.ratio(below.graph), strict=True))
+    return facts
 
 
 def summary(drawn: list[tuple[Case, list[Row]]]) -> None:

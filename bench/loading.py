@@ -23,7 +23,7 @@ LLAMA_SPECTRA = {
 LLAMA_SCALE = 1  # what every width is divided by: not 1 in tests alone
 
 
-def _llama(dtype: str, layers: int | None, rank: int) -> tuple[torch.nn.Module, dict[str, Truth]]:
+def _llama(dtype: str, device: str, layers: int | None, rank: int) -> tuple[torch.nn.Module, dict[str, Truth]]:
     """The two blocks, and the first `rank` triplets of each of their linears by name."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -46,7 +46,7 @@ def _llama(dtype: str, layers: int | None, rank: int) -> tuple[torch.nn.Module, 
             linear = block.get_submodule(which)
             d, k = linear.weight.shape
             seed = len(LLAMA_SPECTRA) * number + index
-            made = spectra.make(kind, d, k, 1, min(rank, d, k), models.DTYPES[dtype], "cpu", seed, source)
+            made = spectra.make(kind, d, k, 1, min(rank, d, k), models.DTYPES[dtype], device, seed, source)
             linear.weight = torch.nn.Parameter(made.weight[0], requires_grad=False)
             (truth[f"model.layers.{number}.{which}"],) = made.truth
     return model, truth
@@ -55,10 +55,10 @@ def _llama(dtype: str, layers: int | None, rank: int) -> tuple[torch.nn.Module, 
 def load_known(
     which: str, dtype: str, device: str, layers: int | None, rank: int
 ) -> tuple[torch.nn.Module, dict[str, Truth]]:
-    """As `load`, with the first `rank` triplets of the layers whose triplets are known, by name, on the CPU."""
+    """As `load`, with the first `rank` triplets of the layers whose triplets are known, by name, on the device."""
     if which != models.LLAMA:
         return models.load_stored(which, dtype, device, layers), {}
-    model, truth = _llama(dtype, layers, rank)
+    model, truth = _llama(dtype, device, layers, rank)
     return model.to(device).eval().requires_grad_(False), truth
 
 

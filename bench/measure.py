@@ -17,7 +17,6 @@ import resource
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -27,6 +26,7 @@ from pathlib import Path
 from statistics import median, quantiles
 from typing import Any
 
+import clock
 import torch
 from rich.console import Console
 from rich.table import Table
@@ -57,6 +57,10 @@ class Timing:
         """Repetition by repetition, as when both parts had run one after the other."""
         return Timing(tuple(a + b for a, b in zip(self.seconds, other.seconds, strict=True)))
 
+    def __sub__(self, other: "Timing") -> "Timing":
+        """Repetition by repetition: what the rest took."""
+        return Timing(tuple(a - b for a, b in zip(self.seconds, other.seconds, strict=True)))
+
     def ratio(self, other: "Timing") -> tuple[float, float, float]:
         """Median, smallest and largest of this time over the other's in the same repetition."""
         pairs = [a / b for a, b in zip(self.seconds, other.seconds, strict=True)]
@@ -81,18 +85,6 @@ def synchronise(device: str) -> None:
 
 
 @contextmanager
-def _no_garbage_collection():
-    """A collection in the middle of one repetition would be counted to whoever runs then."""
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if enabled:
-            gc.enable()
-
-
-@contextmanager
 def quick_collections():
     """What is there already is left out of collections, which otherwise take longer than many a peer."""
     frozen = gc.get_freeze_count() > 0  # by whoever called: it stays so
@@ -106,25 +98,27 @@ def quick_collections():
 
 
 def interleaved(
-    peers: Mapping[str, Callable[[], object]], repetitions: int, *, warm_up: int = 1, device: str = "cpu"
+    peers: Mapping[str, Callable[[], object]],
+    repetitions: int,
+    *,
+    warm_up: int = 1,
+    device: str = "cpu",
+    each: int = 1,
 ) -> dict[str, Timing]:
-    """The peers in turn, `repetitions` times. The order rotates, so that nobody always runs after the same peer."""
-    names = list(peers)
+    """The peers in turn, `repetitions` times. The order rotates, so that nobody always runs after the same peer.
+
+    `each`: how often a call does the work that is timed.
+    """
+    names, card = list(peers), clock.card_of(device)
     seconds: dict[str, list[float]] = {name: [] for name in names}
     with quick_collections():
         for repetition in range(-warm_up, repetitions):
             first = repetition % len(names)
             for name in names[first:] + names[:first]:
                 gc.collect()
-                with _no_garbage_collection():
-                    synchronise(device)
-                    began = time.perf_counter()
-                    result = peers[name]()
-                    synchronise(device)
-                    spent = time.perf_counter() - began
-                    del result  # freeing it is not part of the work
+                spent = clock.seconds_of(peers[name], card)
                 if repetition >= 0:
-                    seconds[name].append(spent)
+                    seconds[name].append(spent / each)
     return {name: Timing(tuple(values)) for name, values in seconds.items()}
 
 

@@ -14,8 +14,10 @@ Before that each row of `multi`, of `gathered` and of `in-turn` is compared with
 
 import argparse
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
+import clock
 import layers
 import measure
 import models
@@ -66,19 +68,31 @@ def run(dtype: str, options: argparse.Namespace, tell: Callable[[dict[str, Any]]
     for d, k in options.multi_shapes:
         for rank in options.multi_ranks:
             shape = layers.Shape("given", d, k, False)
-            basis = layers.make_basis(shape, rank, models.DTYPES[dtype], options.device, options.seed)
+            size = (d * k + ROWS * (d + k)) * models.DTYPES[dtype].itemsize
+            sets = clock.sets_for(clock.card_of(options.device), size)
+            bases = [
+                layers.make_basis(shape, rank, models.DTYPES[dtype], options.device, options.seed + 1000 * number)
+                for number in range(sets)
+            ]
             with torch.no_grad():
-                found.append(run_case(dtype, basis, rank, options))
+                found.append(run_case(dtype, bases, rank, options))
             tell(found[-1])
     return found
 
 
-def run_case(dtype: str, basis: layers.Basis, rank: int, options: argparse.Namespace) -> dict[str, Any]:
-    """Make, check, time, show."""
-    generator = torch.Generator().manual_seed(options.seed)
+@dataclass
+class Batch:
+    """The peers as functions without arguments, and what they were made of."""
+
+    calls: dict[str, Callable[[], Tensor]]
+    true: Callable[[], Tensor]
+
+
+def make(basis: layers.Basis, rank: int, seed: int, with_lora: bool) -> Batch:
+    generator = torch.Generator().manual_seed(seed)
     weight = basis.linear.weight
     d, k = weight.shape
-    one = layers.make_osora(basis, rank, options.seed)
+    one = layers.make_osora(basis, rank, seed)
     s = torch.randn(ADAPTERS, rank, generator=generator).to(one.s) * one.s.std()
     o = torch.randn(ADAPTERS, d, generator=generator).to(one.o) * 0.3
     x = torch.randn(ROWS, k, generator=generator).to(weight)
@@ -96,22 +110,48 @@ def run_case(dtype: str, basis: layers.Basis, rank: int, options: argparse.Names
         "in-turn": lambda: torch.cat([alone(x[row : row + 1], number) for row, number in enumerate(names)]),
         "gathered": lambda: gathered(x, weight, *frozen_factors, s, o, index),
     }
-    title = f"{ADAPTERS} adapters, {ROWS} rows, {d}×{k}, r = {rank}, {dtype}"
-    errors = check(title, dtype, calls, truth(x, weight, one, s, o, index))
-    if "lora" in options.peers:
+    if with_lora:
         layer = lora(basis, rank, index)
         calls["lora"] = lambda: layer(x)
+    return Batch(calls, lambda: truth(x, weight, one, s, o, index))
+
+
+def run_case(dtype: str, bases: list[layers.Basis], rank: int, options: argparse.Namespace) -> dict[str, Any]:
+    """Make, check, time, show. On a card several batches, each with a weight of its own, take turns."""
+    d, k = bases[0].linear.weight.shape
+    title = f"{ADAPTERS} adapters, {ROWS} rows, {d}×{k}, r = {rank}, {dtype}"
+    batches = [make(basis, rank, options.seed, "lora" in options.peers) for basis in bases]
+    errors = check(title, dtype, batches[0].calls, batches[0].true())
+    calls: dict[str, Callable[[], Any]] = {
+        name: lambda name=name: [batch.calls[name]() for batch in batches] for name in batches[0].calls
+    }
+    card, sets = clock.card_of(options.device), len(batches)
     count = max(options.repetitions, 15 if options.spend else 0)
-    times = interleaved(calls, count, warm_up=1, device=options.device)
+    times = interleaved(calls, count, warm_up=1, device=options.device, each=sets)
+    replays, reasons = clock.graphs(calls, card) if card else ({}, {})
+    graphs = interleaved(replays, count, warm_up=1, device=options.device, each=sets) if replays else {}
     lines, facts = [], []
     for name, timing in times.items():
-        over = timing.ratio(times["one"])
+        about: dict[str, Any] = {"peer": name, "seconds": timing.as_dict()}
+        over, shown = timing.ratio(times["one"]), ""
+        about |= {"over_one": middle_of(over), "error": errors.get(name)}
+        if name in graphs:
+            about["graph"] = graphs[name].as_dict()
+            if "one" in graphs:
+                about["graph_over_one"] = middle_of(graphs[name].ratio(graphs["one"]))
+                shown = f"{about['graph_over_one']['median']:.3f}"
+        if name in reasons:
+            about["no_graph"] = reasons[name]
         wrong = f"{errors[name]:.0e}" if name in errors else ""
-        lines.append([ABOUT[name], show_seconds(timing), "" if name == "one" else show_ratio(over), wrong])
-        middle = dict(zip(("median", "min", "max"), over, strict=True))
-        facts.append({"peer": name, "seconds": timing.as_dict(), "over_one": middle, "error": errors.get(name)})
-    measure.table(title, ("peer", "time (min-max)", "/ one adapter", "error"), lines)
-    return {"dtype": dtype, "d": d, "k": k, "rank": rank, "adapters": ADAPTERS, "rows": ROWS, "peers": facts}
+        lines.append([ABOUT[name], show_seconds(timing), "" if name == "one" else show_ratio(over), shown, wrong])
+        facts.append(about)
+    measure.table(title, ("peer", "time (min-max)", "/ one adapter", "in a graph", "error"), lines)
+    about = {"dtype": dtype, "d": d, "k": k, "rank": rank, "adapters": ADAPTERS, "rows": ROWS}
+    return {**about, "sets": sets, "peers": facts}
+
+
+def middle_of(ratio: tuple[float, float, float]) -> dict[str, float]:
+    return dict(zip(("median", "min", "max"), ratio, strict=True))
 
 
 def truth(x: Tensor, weight: Tensor, one: Any, s: Tensor, o: Tensor, index: Tensor) -> Tensor:

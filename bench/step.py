@@ -19,6 +19,7 @@ import json
 import sys
 from typing import Any
 
+import clock
 import loading
 import measure
 import models
@@ -99,6 +100,18 @@ def check(ours: Peer, plain: Peer, dtype: str, tokens: Tensor) -> dict[str, Any]
     return report
 
 
+def graphs_of(steps: dict[str, Step], options: argparse.Namespace) -> tuple[dict[str, measure.Timing], dict[str, str]]:
+    """On a card: forward and backward, without the optimiser, as replays of a graph; and why there is none of some."""
+    card = clock.card_of(options.device)
+    if card is None:
+        return {}, {}
+    calls = {name: lambda step=step: loss_of(step.model, step.tokens).backward() for name, step in steps.items()}
+    replays, reasons = clock.graphs(calls, card)
+    if not replays:
+        return {}, reasons
+    return interleaved(replays, options.repetitions, warm_up=options.warm_up, device=options.device), reasons
+
+
 def saved_bytes(peer: Peer, tokens: Tensor) -> int:
     """What autograd keeps for the backward, parameters and buffers left out."""
     return measure.saved_bytes(lambda: loss_of(peer.model, tokens), (*peer.model.parameters(), *peer.model.buffers()))
@@ -164,15 +177,24 @@ def run_dtype(dtype: str, options: argparse.Namespace) -> dict[str, Any]:
     saved = {name: saved_bytes(peer, tokens) for name, peer in made.items()}
     steps = {name: Step(peer, tokens) for name, peer in made.items()}
     times = interleaved(steps, options.repetitions, warm_up=options.warm_up, device=options.device)
+    replays, reasons = graphs_of(steps, options)
     trained = {name: sum(p.numel() for p in peer.trained) for name, peer in made.items()}
     least = floor(base, options.rank)
     del steps, made, base
     peaks = {name: memory(name, dtype, options) for name in saved} if options.memory else {}
 
-    rows, results = [], {}
+    rows, results, graph_lines = [], {}, []
     for name, timing in times.items():
         facts = {"seconds": timing.as_dict(), "saved_bytes": saved[name], "trained": trained[name]}
         facts["memory_bytes"] = peaks.get(name)
+        if name in replays:
+            facts["graph"] = replays[name].as_dict()
+            if name != "frozen" and "frozen" in replays:
+                over = replays[name].ratio(replays["frozen"])
+                facts["graph_over_frozen"] = dict(zip(("median", "min", "max"), over, strict=True))
+                graph_lines.append(f"{ABOUT[name]} / frozen in a graph: {show_ratio(over)}")
+        elif name in reasons:
+            facts["no_graph"] = reasons[name]
         cells = {"frozen": "", "osora": ""}
         for other, text in (("frozen", "over_frozen"), ("osora", "osora_over_this")):
             if other in times and name != other and (other, name) != ("osora", "frozen"):
@@ -187,6 +209,8 @@ def run_dtype(dtype: str, options: argparse.Namespace) -> dict[str, Any]:
     where = f"{models.label(options.model)}, {dtype}, {options.batch}×{options.tokens} tokens, r = {options.rank}"
     columns = ("peer", "step (min-max)", "/ frozen", "osora / this", "peak memory", "saved", "/ frozen", "trained")
     table(f"Training step: {where}, {count} layers adapted", columns, rows)
+    for line in graph_lines:
+        console.print(line)
     console.print(
         f"By arithmetic alone osora / frozen is {least['linears']:.3f} in the adapted layers and at most "
         f"{least['with_head']:.3f} in the whole model, whose output head no adapter touches."

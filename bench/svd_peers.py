@@ -256,7 +256,7 @@ def complaints(name: str, errors: init.Errors, left: Tensor, claimed: Decomposit
     limit = max(SIGMA_TOLERANCE, SIGMA_OVER_TOL_SQUARED * tol**2) if claimed.converged else math.inf
     harmless = errors.sigma <= limit and math.isfinite(errors.sigma)
     checked = dataclasses.replace(errors, sigma=0.0) if harmless else errors
-    return init.complaints(name, checked, left.cpu(), claimed, tol)
+    return init.complaints(name, checked, left, claimed, tol)
 
 
 def check(

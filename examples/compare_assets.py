@@ -12,10 +12,12 @@ from __future__ import annotations
 
 import gzip
 import json
+import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from demo_assets import DemoAssetError, package_file, sha256_of
+from demo_assets import GSM8K, GSM8K_SHA256, SMOLLM2, SMOLLM2_SHA256, DemoAssetError, package_file, sha256_of
 
 REQUIREMENTS = "requirements-compare.txt"
 _MINILM = "data/embeddings/sentence-transformers__all-MiniLM-L6-v2/model.safetensors"
@@ -94,3 +96,26 @@ def questions(which: str) -> list[Question]:
             choices[number].append(row["request"]["continuation"])
             contexts[number] = (row["request"]["context"], row["label"])
     return [Question(context, tuple(choices[number]), right) for number, (context, right) in contexts.items()]
+
+
+def tasks_here(wordnet: Path) -> tuple[list[str], list[str]]:
+    """The tasks whose model and data are here, and why not the others."""
+    needed: dict[str, tuple[Callable[[], object], ...]] = {
+        "encoder": (minilm_folder, lambda: glosses(wordnet)),
+        "smollm2": (lambda: package_file(*SMOLLM2, SMOLLM2_SHA256), lambda: package_file(*GSM8K, GSM8K_SHA256)),
+    }
+    here, why = [], []
+    for task, parts in needed.items():
+        try:
+            for part in parts:
+                part()
+            here.append(task)
+        except DemoAssetError as error:
+            why.append(f"{task}: {str(error).partition(chr(10))[0]}")
+    return here, why
+
+
+if __name__ == "__main__":  # for bench/gpu_check.sh: the tasks that can be run, in a line
+    found, reasons = tasks_here(Path(sys.argv[1]) if len(sys.argv) > 1 else WORDNET)
+    print(" ".join(found))
+    print("\n".join(reasons), file=sys.stderr)

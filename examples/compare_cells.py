@@ -1,9 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One run of a method on a task, as a file; and the search for a method's learning rate, which is a row of such files.
-
-A file is written when its run is over, under a temporary name that is then changed. What is there is never run again,
-unless its settings are not those of now.
-"""
+"""One run of a method on a task: training, evaluation, and what is kept of both. Which runs there are: compare_plan."""
 
 from __future__ import annotations
 
@@ -19,15 +15,9 @@ from typing import Any
 import torch
 from compare_methods import Attached, Method
 from evaluate import bytes_in
-from report import write_json
 
 WARM_UP = 0.1  # share of the steps
 CLIP = 1.0
-MOST_EXTENSIONS = 4  # of the grid of learning rates, in all
-
-
-class OutOfTime(RuntimeError):
-    """The time that was given is over; what is done is on the disk."""
 
 
 @dataclass(frozen=True)
@@ -40,10 +30,12 @@ class Cell:
     seed: int
     stage: str
 
-    def path(self, results: Path) -> Path:
-        """Where its result is."""
-        rate = f"{self.rate:.2e}"
-        return results / "cells" / self.task.name / self.method.name / f"{self.stage}-{rate}-seed{self.seed}.json"
+    def which(self) -> tuple[Any, ...]:
+        """What tells it from all others, as compare_store.WHICH has it."""
+        return self.task.name, self.method.name, self.stage, self.rate, self.seed, self.key()
+
+    def __str__(self) -> str:
+        return f"{self.task.name} {self.method.name} {self.stage} rate {self.rate:.2e} seed {self.seed}"
 
     def key(self) -> str:
         """A digest of everything that the result depends on and that can be written down."""
@@ -102,6 +94,13 @@ def adapter_bytes(attached: Attached) -> dict[str, int]:
     return sizes
 
 
+def parts_of(cell: Cell) -> tuple[str, ...]:
+    """The rows that a run is evaluated on."""
+    if cell.stage == "final":
+        return ("test",)
+    return ("validation", "test") if cell.task.size.both else ("validation",)
+
+
 def run(cell: Cell) -> dict[str, Any]:
     """Train and evaluate."""
     task = cell.task
@@ -133,10 +132,10 @@ def run(cell: Cell) -> dict[str, Any]:
     }
     if losses and not math.isfinite(losses[-1]):
         return {**result, "diverged": True}
-    part = "validation" if cell.stage == "search" else "test"
-    result[part] = task.evaluate(model, part)
-    if not math.isfinite(result[part]["loss"]):
-        return {**result, part: None, "diverged": True}
+    for part in parts_of(cell):
+        result[part] = task.evaluate(model, part)
+        if not math.isfinite(result[part]["loss"]):
+            return {**result, part: None, "diverged": True}
     if cell.stage == "final" and cell.seed == 0:
         result["benchmarks"] = task.benchmarks(model)
         if attached.groups:
@@ -159,58 +158,9 @@ def versions() -> dict[str, str]:
     }
 
 
-def stored(cell: Cell, results: Path) -> dict[str, Any] | None:
-    """The result, if there is one of the same settings."""
-    path = cell.path(results)
-    if not path.is_file():
-        return None
-    found = json.loads(path.read_text(encoding="utf-8"))
-    return found if found["key"] == cell.key() else None
-
-
-def result_of(cell: Cell, results: Path, say: Callable[[str], None], may_start: Callable[[], bool]) -> dict[str, Any]:
-    """From the disk, or made now and put there. OutOfTime if it is not there and may not be started."""
-    if (found := stored(cell, results)) is not None:
-        return found
-    if not may_start():
-        raise OutOfTime
-    result = run(cell)
-    write_json(cell.path(results), result)
-    shown = result.get("validation") or result.get("test") or {}
-    numbers = ", ".join(f"{name} {value:.4f}" for name, value in shown.items()) or "diverged"
-    say(f"{cell.task.name} {cell.method.name} {cell.stage} rate {cell.rate:.2e} seed {cell.seed}: {numbers}")
-    return result
-
-
-def rate_of(half_decades: int) -> float:
-    """A learning rate of the grid: -4 is 1e-2, -5 is 3.16e-3."""
-    return float(f"{10 ** (half_decades / 2):.2e}")
-
-
-def search(task: Any, method: Method, run_one: Callable[[Cell], dict[str, Any]]) -> tuple[float, dict[float, float]]:
-    """The best rate on the validation rows, with the losses of all: the grid grows while its best is at an edge."""
-
-    def loss(place: int) -> float:
-        result = run_one(Cell(task, method, rate_of(place), seed=0, stage="search"))
-        return math.inf if result.get("diverged") else result["validation"]["loss"]
-
-    start = (len(method.rates) - task.size.rates) // 2
-    losses = {place: loss(place) for place in method.rates[start : start + task.size.rates]}
-    for _ in range(MOST_EXTENSIONS):
-        best = min(losses, key=losses.__getitem__)
-        further = best - 1 if best == min(losses) else best + 1
-        if further in losses:
-            break
-        losses[further] = loss(further)
-    best = min(losses, key=losses.__getitem__)
-    return rate_of(best), {rate_of(place): losses[place] for place in sorted(losses)}
-
-
-def compare(task: Any, method: Method, run_one: Callable[[Cell], dict[str, Any]]) -> None:
-    """All cells of one method on one task."""
-    if method.name == "base" and task.head_rate == 0:  # nothing to train, nothing to search
-        run_one(Cell(task, method, 0.0, 0, "final"))
-        return
-    rate, _ = search(task, method, run_one)
-    for seed in range(task.size.seeds):
-        run_one(Cell(task, method, rate, seed, "final"))
+def shown(result: dict[str, Any]) -> str:
+    """What came out, in a line."""
+    if result.get("diverged"):
+        return "diverged"
+    parts = [(part, result[part]) for part in ("validation", "test") if part in result]
+    return ", ".join(f"{part} {name} {value:.4f}" for part, found in parts for name, value in found.items())

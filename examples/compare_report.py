@@ -6,12 +6,15 @@ from __future__ import annotations
 import json
 import math
 import statistics
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 from chat_data import DataError
 from compare_methods import METHODS
-from compare_tasks import TASKS
+from compare_plan import Outline, missing_of
+from compare_store import Store
+from compare_tasks import RANDOM, TASKS, Size
 from compare_timings import summary_of
 from report import whole, write_json
 
@@ -22,28 +25,22 @@ COLOURS = {
 MARKERS = dict.fromkeys(COLOURS, "o") | {"osora-s": "v", "osora-o": "^", "osora-in": "<", "sorsa": "D", "lora1": "s"}
 
 
-def _cells(folder: Path) -> list[dict[str, Any]]:
-    """Those whose settings are the newest one's."""
-    paths = sorted(folder.glob("*.json"), key=lambda path: path.stat().st_mtime_ns)
-    cells = [json.loads(path.read_text(encoding="utf-8")) for path in paths]
-    return [cell for cell in cells if cell["key"] == cells[-1]["key"]]
-
-
 def _spread(values: list[float]) -> dict[str, Any]:
     deviation = statistics.stdev(values) if len(values) > 1 else None
     return {"mean": statistics.mean(values), "deviation": deviation, "values": values}
 
 
-def row_of(results: Path, task: str, method: str) -> dict[str, Any] | None:
+def row_of(results: Path, store: Store, task: str, method: str) -> dict[str, Any] | None:
     """What is known of a method on a task; None if nothing is."""
-    cells = _cells(results / "cells" / task / method)
+    cells = store.of(task, method)
     if not cells:
         return None
     searched = {cell["rate"]: cell for cell in cells if cell["stage"] == "search"}
     losses = {rate: None if cell.get("diverged") else cell["validation"]["loss"] for rate, cell in searched.items()}
     known = {rate: loss for rate, loss in losses.items() if loss is not None}
     rate = min(known, key=known.__getitem__) if known else 0.0
-    final = [cell for cell in cells if cell["stage"] == "final" and cell["rate"] == rate]
+    both = cells[0]["settings"]["both"]  # the search's run at the best rate is seed 0
+    final = [cell for cell in cells if cell["rate"] == rate and (both or cell["stage"] == "final")]
     good = sorted((cell for cell in final if not cell.get("diverged")), key=lambda cell: cell["seed"])
     row: dict[str, Any] = {
         "method": method,
@@ -66,12 +63,22 @@ def row_of(results: Path, task: str, method: str) -> dict[str, Any] | None:
     return row | summary_of(results / "timings" / task / f"{method}.json")
 
 
-def rows_of(results: Path, task: str) -> list[dict[str, Any]]:
-    """All methods of a task. DataError if results of different sizes lie in one folder."""
-    rows = [row for method in METHODS if (row := row_of(results, task, method)) is not None]
+def rows_of(results: Path, store: Store, task: str) -> list[dict[str, Any]]:
+    """All methods of a task. DataError if results of different settings lie in one file."""
+    rows = [row for method in METHODS if (row := row_of(results, store, task, method)) is not None]
     if len({json.dumps(row["task_settings"], sort_keys=True) for row in rows}) > 1:
-        raise DataError(f"{results} holds results of different settings for {task}: take another --output")
+        raise DataError(f"{store.path} holds results of different settings for {task}: take another --output")
     return rows
+
+
+def missing(store: Store, task: str, rows: list[dict[str, Any]]) -> list[str]:
+    """In words, what was asked for and is not there."""
+    if not rows:
+        return []
+    settings = rows[0]["task_settings"]
+    size = Size(**{field.name: settings[field.name] for field in fields(Size)})
+    outline = Outline(task, size, settings.get("head_rate", 0.0), settings)
+    return missing_of(outline, store.asked.get(task, []), lambda cell: store.found(*cell.which()))
 
 
 # -- the table ---------------------------------------------------------------------------------------------------------
@@ -95,8 +102,8 @@ def _time(row: dict[str, Any], name: str, digits: int) -> str:
     return f"{row[name]:.{digits}f}" if name in row else "–"
 
 
-def table_of(task: str, rows: list[dict[str, Any]]) -> str:
-    """Markdown."""
+def table_of(task: str, rows: list[dict[str, Any]], lacking: list[str]) -> str:
+    """Markdown, and below it what is not there yet."""
     benchmarks = sorted({name for row in rows for name in row.get("benchmarks", {})})
     accuracy = any("accuracy" in row for row in rows)
     columns = ["method", "trained", "rate (tried)", "seeds", "held-out loss"]
@@ -113,7 +120,12 @@ def table_of(task: str, rows: list[dict[str, Any]]) -> str:
         peak = {"peak": row["step_peak_bytes"] / 1e9} if "step_peak_bytes" in row else {}
         cells += [_time(row, "init_seconds", 2), _time(row, "step_seconds", 3), _time(peak, "peak", 2), _bytes(row)]
         lines.append("| " + " | ".join(cells) + " |")
-    return f"**{TASKS[task].title}**\n\n" + "\n".join(lines) + "\n"
+    if lacking:
+        lines += ["", "Not there yet, so that rates may change and fewer seeds count than were asked for:"]
+        lines += ["", *(f"- {line}" for line in lacking)]
+    where = rows[0]["task_settings"]
+    title = "A rehearsal, no figure" if where["model"] == RANDOM else TASKS[task].title
+    return f"**{title}** ({where['device']}, {where['dtype']})\n\n" + "\n".join(lines) + "\n"
 
 
 NOTES = """\
@@ -200,13 +212,12 @@ def plot(path: Path, found: dict[str, list[dict[str, Any]]]) -> None:
         pyplot.close(figure)
 
 
-def write(results: Path) -> None:
-    """comparison.md, comparison.json, comparison.png. DataError if there is nothing, or what does not go together."""
-    found = {task: rows_of(results, task) for task in TASKS}
-    if not any(found.values()):
-        raise DataError(f"there are no results in {results} yet")
-    write_json(results / "comparison.json", {"tasks": found})
-    tables = "\n".join(table_of(task, rows) for task, rows in found.items() if rows)
+def write(results: Path, store: Store) -> None:
+    """comparison.md, comparison.json, comparison.png. DataError if what is there does not go together."""
+    found = {task: rows_of(results, store, task) for task in TASKS}
+    lacking = {task: missing(store, task, rows) for task, rows in found.items()}
+    write_json(results / "comparison.json", {"tasks": found, "missing": lacking})
+    tables = "\n".join(table_of(task, rows, lacking[task]) for task, rows in found.items() if rows)
     with whole(results / "comparison.md") as unfinished:
         unfinished.write_text(f"{tables}\n{NOTES}", encoding="utf-8")
     plot(results / "comparison.png", found)

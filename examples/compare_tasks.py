@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import compare_assets
+import compare_tiny
 import demo_assets
 import torch
 import transformers
@@ -38,6 +39,12 @@ class Size:
     seeds: int  # of the reported runs
     rates: int  # learning rates tried to begin with
     questions: int = 0  # of PIQA and of ARC-Easy, each; one seed answers them
+    both: bool = False  # the search's runs are evaluated on the test rows too, and the best one is seed 0
+
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+RANDOM = "a random encoder"  # for a rehearsal
+AT_ONCE = 64  # rows of an evaluation
 
 
 class Encoder(nn.Module):
@@ -51,7 +58,7 @@ class Encoder(nn.Module):
     def forward(self, ids: Tensor, mask: Tensor) -> Tensor:
         """[rows, tokens] → [rows, classes]."""
         states = self.encoder(input_ids=ids, attention_mask=mask).last_hidden_state
-        weights = mask[:, :, None].to(states.dtype)
+        weights, states = mask[:, :, None].float(), states.float()
         return self.head((states * weights).sum(1) / weights.sum(1))
 
 
@@ -69,17 +76,25 @@ class EncoderTask:
     sizes: ClassVar = {
         "default": Size(steps=60, batch=32, max_length=32, validation=400, test=1000, seeds=3, rates=4),
         "full": Size(steps=1500, batch=32, max_length=64, validation=4000, test=8000, seeds=5, rates=4),
+        "card": Size(1500, 32, max_length=64, validation=2000, test=8000, seeds=3, rates=4, both=True),
+        "tiny": Size(steps=4, batch=8, max_length=16, validation=16, test=32, seeds=2, rates=2, both=True),
     }
     head_rate = 3.16e-2  # of the classifier, whatever the adapter's rate; "no adapter" searches its own
 
-    def __init__(self, size: str, wordnet: Path) -> None:
-        self.size = self.sizes[size]
-        folder = compare_assets.minilm_folder()
-        self.tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
-        # Without the encoder's dropout the seeds alone make the spread, and the methods see the same activations.
-        options = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0, "add_pooling_layer": False}
-        self._base = transformers.AutoModel.from_pretrained(folder, dtype=torch.float32, **options)
-        rows = compare_assets.glosses(wordnet)
+    def __init__(self, size: str, wordnet: Path, device: str = "cpu", dtype: str | None = None) -> None:
+        self.size, self.device, self.dtype = self.sizes[size], device, dtype or "float32"
+        if size == "tiny":
+            self.tokenizer, base, rows = compare_tiny.encoder()
+            name, data = RANDOM, "made of words"
+        else:
+            folder = compare_assets.minilm_folder()
+            self.tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+            # Without the encoder's dropout the seeds alone make the spread, and the methods see the same activations.
+            options = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0, "add_pooling_layer": False}
+            base = transformers.AutoModel.from_pretrained(folder, dtype=torch.float32, **options)
+            rows = compare_assets.glosses(wordnet)
+            name, data = folder.name, "WordNet 3.0 noun glosses"
+        self._base = base.to(device, DTYPES[self.dtype])
         random.Random(PARTING).shuffle(rows)
         validation, test = self.size.validation, self.size.test
         self.parts = {
@@ -87,12 +102,13 @@ class EncoderTask:
             "test": rows[validation : validation + test],
             "train": rows[validation + test :],
         }
-        self.source = {"model": folder.name, "data": "WordNet 3.0 noun glosses", "rows": len(rows)}
+        self.source = {"model": name, "data": data, "rows": len(rows)}
 
     def fresh(self, seed: int, last: bool = False) -> Encoder:
         """The pretrained encoder with a random classifier; ``last`` saves the memory of a copy."""
         torch.manual_seed(seed)
-        return Encoder(self._base if last else copy.deepcopy(self._base), self._base.config.hidden_size).train()
+        encoder = self._base if last else copy.deepcopy(self._base)
+        return Encoder(encoder, self._base.config.hidden_size).to(self.device).train()
 
     def adapted(self, model: Encoder) -> tuple[nn.Module, list[str]]:
         """What gets the adapter, and the names of its layers."""
@@ -109,7 +125,8 @@ class EncoderTask:
     def _logits(self, model: Encoder, rows: Sequence[compare_assets.Gloss]) -> tuple[Tensor, Tensor]:
         options: dict[str, Any] = {"padding": True, "truncation": True, "max_length": self.size.max_length}
         tokens = self.tokenizer([row.text for row in rows], return_tensors="pt", **options)
-        return model(tokens.input_ids, tokens.attention_mask), torch.tensor([row.label for row in rows])
+        labels = torch.tensor([row.label for row in rows], device=self.device)
+        return model(tokens.input_ids.to(self.device), tokens.attention_mask.to(self.device)), labels
 
     def loss(self, model: Encoder, rows: Sequence[compare_assets.Gloss]) -> Tensor:
         """Mean cross entropy, in nats."""
@@ -121,8 +138,8 @@ class EncoderTask:
         model.eval()
         rows = sorted(self.parts[part], key=lambda row: len(row.text))  # equal lengths together: little padding
         loss = right = 0.0
-        for start in range(0, len(rows), 64):
-            logits, labels = self._logits(model, rows[start : start + 64])
+        for start in range(0, len(rows), AT_ONCE):
+            logits, labels = self._logits(model, rows[start : start + AT_ONCE])
             loss += float(nn.functional.cross_entropy(logits, labels, reduction="sum"))
             right += int((logits.argmax(-1) == labels).sum())
         model.train()
@@ -134,25 +151,31 @@ class EncoderTask:
 
     def settings(self) -> dict[str, Any]:
         """What a result depends on beside method, rate and seed."""
-        return {**asdict(self.size), **self.source, "head_rate": self.head_rate}
+        return {**asdict(self.size), **self.source, **where_of(self), "head_rate": self.head_rate}
 
 
 class CausalTask:
-    """SmolLM2-135M-Instruct in float32 (from 4-bit weights) learns to answer GSM8K questions."""
+    """SmolLM2-135M-Instruct (from 4-bit weights) learns to answer GSM8K questions: on a card in bfloat16.
+
+    The adapters' numbers are float32 with every method there, too.
+    """
 
     name = "smollm2"
     title = "SmolLM2-135M on GSM8K"
     sizes: ClassVar = {
         "default": Size(8, 4, max_length=320, validation=12, test=32, seeds=2, rates=3, questions=60),
         "full": Size(600, 8, max_length=512, validation=128, test=1319, seeds=3, rates=4, questions=500),
+        "card": Size(400, 8, max_length=384, validation=128, test=640, seeds=3, rates=3, both=True),
     }
     head_rate = 0.0
 
-    def __init__(self, size: str, gsm8k: Path | None) -> None:
-        self.size = self.sizes[size]
+    def __init__(self, size: str, gsm8k: Path | None, device: str = "cpu", dtype: str | None = None) -> None:
+        self.size, self.device = self.sizes[size], device
+        self.dtype = dtype or ("float32" if device == "cpu" else "bfloat16")
         folder = demo_assets.smollm2_folder()
         self.tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
-        self._base = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+        base = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=DTYPES[self.dtype])
+        self._base = base.to(device)
         held_out = _without_notes([parse_row(row, f"GSM8K, row {i}") for i, row in enumerate(demo_assets.gsm8k_rows())])
         random.Random(PARTING).shuffle(held_out)
         if gsm8k is not None:
@@ -208,8 +231,9 @@ class CausalTask:
         model.eval()
         rows = sorted(self.parts[part], key=len)
         loss, tokens = 0.0, 0
-        for start in range(0, len(rows), self.size.batch):
-            total, count = answer_loss(model, rows[start : start + self.size.batch], keeps_logits=True)
+        at_once = self.size.batch if self.device == "cpu" else AT_ONCE
+        for start in range(0, len(rows), at_once):
+            total, count = answer_loss(model, rows[start : start + at_once], keeps_logits=True)
             loss, tokens = loss + float(total), tokens + count
         model.train()
         return {"loss": loss / tokens}
@@ -239,7 +263,12 @@ class CausalTask:
 
     def settings(self) -> dict[str, Any]:
         """What a result depends on beside method, rate and seed."""
-        return {**asdict(self.size), **self.source, "benchmark_form": "sum of log-probabilities"}
+        return {**asdict(self.size), **self.source, **where_of(self), "benchmark_form": "sum of log-probabilities"}
+
+
+def where_of(task: Any) -> dict[str, str]:
+    """What its numbers are rounded by: results of a card and of a CPU are not mixed."""
+    return {"device": task.device.partition(":")[0], "dtype": task.dtype}
 
 
 def _without_notes(rows: list[Row]) -> list[Row]:

@@ -28,30 +28,38 @@ _PEAK = Path("/proc/self/clear_refs")
 _STATUS = Path("/proc/self/status")
 
 
-def _start_peak() -> None:
-    """Let the kernel count this process's peak memory from now on (Linux)."""
+def _start_peak(on_card: bool) -> None:
+    """Let torch count a card's peak memory from now on, or the kernel (Linux) this process's."""
     gc.collect()
-    _PEAK.write_text("5", encoding="ascii")
+    if on_card:
+        torch.cuda.reset_peak_memory_stats()
+    else:
+        _PEAK.write_text("5", encoding="ascii")
 
 
-def _peak() -> int:
-    """Bytes, the largest resident set since :func:`_start_peak`."""
+def _peak(on_card: bool) -> int:
+    """Bytes, the largest number of the card's or the largest resident set since :func:`_start_peak`."""
+    if on_card:
+        return torch.cuda.max_memory_allocated()
     line = next(line for line in _STATUS.read_text(encoding="ascii").splitlines() if line.startswith("VmHWM"))
     return 1024 * int(line.split()[1])
 
 
 def print_one(task: Any, method: Method) -> None:
     """One method, once, as a line of JSON on standard output."""
+    on_card = task.device != "cpu"
     model = task.fresh(0, last=True)
-    _start_peak()
+    _start_peak(on_card)
     began = time.perf_counter()
     attached = attach(task, method, 0, model)
-    result: dict[str, Any] = {"init_seconds": time.perf_counter() - began, "init_peak_bytes": _peak()}
+    if on_card:
+        torch.cuda.synchronize()
+    result: dict[str, Any] = {"init_seconds": time.perf_counter() - began, "init_peak_bytes": _peak(on_card)}
     if attached.groups or task.head(model):
         step, stream = step_of(task, model, attached, optimizer_of(task, model, attached, 1e-4)), task.stream(0)
         for _ in range(WARM_UP_STEPS):
             step(next(stream))
-        _start_peak()
+        _start_peak(on_card)
         seconds = []
         for _ in range(STEPS):
             rows = next(stream)
@@ -59,7 +67,7 @@ def print_one(task: Any, method: Method) -> None:
             step(rows)
             seconds.append(time.perf_counter() - began)
         # each step's rows have other lengths; every method has the same rows
-        result |= {"step_seconds": statistics.median(seconds), "step_peak_bytes": _peak()}
+        result |= {"step_seconds": statistics.median(seconds), "step_peak_bytes": _peak(on_card)}
     print(json.dumps({**result, "threads": torch.get_num_threads(), "versions": versions()}), flush=True)
 
 

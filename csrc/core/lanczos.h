@@ -223,7 +223,7 @@ std::vector<Found<ArrayOf<D>>> block_lanczos(D dense, double tol, int64_t max_pa
       norms = dense.select(norms, staying);
     }
     const int64_t most = (plan.basis - width) / plan.block, last = (limit - width) / plan.block;
-    // A batch in lockstep makes whole cycles: what a matrix gets must not depend on how slow its companions are.
+    // A batch in lockstep makes whole cycles: how many blocks a matrix gets must not depend on how slow others are.
     const int64_t blocks = D::kLockstep ? most : progress[ids.front()].blocks_wanted(last, most);
     limit = width + blocks * plan.block;
     dense.orthonormalise(R, dense.columns(V, 0, width), norms);

@@ -46,7 +46,7 @@ def compare(example, tiny_model, tiny_encoder, monkeypatch):
         monkeypatch.setattr(task, "sizes", {"default": size})
     # of a layer of 32 the last triplets may be none to speak of, and their residuals large
     monkeypatch.setattr(example("compare_methods"), "VECTORS", 16)
-    monkeypatch.setattr(example("compare_cells"), "MOST_EXTENSIONS", 1)
+    monkeypatch.setattr(example("compare_plan"), "MOST_EXTENSIONS", 1)
     return example("compare")
 
 
@@ -54,8 +54,12 @@ def run(compare, output, *more):
     return compare.main(["--jobs", "1", "--output", str(output), *map(str, more)])
 
 
-def cells(output):
-    return {str(path.relative_to(output / "cells")): path for path in sorted((output / "cells").rglob("*.json"))}
+def lines(output):
+    """Of the results, by task, method, stage, rate and seed."""
+    texts = (output / "cells.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
+    results = {text: json.loads(text).get("result") for text in texts}
+    names = ("task", "method", "stage", "rate", "seed")
+    return {" ".join(str(found[name]) for name in names): text for text, found in results.items() if found}
 
 
 def test_everything_is_run_and_shown(compare, example, tmp_path):
@@ -93,18 +97,21 @@ def test_everything_is_run_and_shown(compare, example, tmp_path):
 
 def test_what_is_there_is_not_run_again(compare, example, tmp_path, monkeypatch):
     some = ("--tasks", "encoder", "--methods", "base", "osora")
-    assert run(compare, tmp_path, *some, "--minutes", 0) == compare.UNFINISHED and not cells(tmp_path)
+    assert run(compare, tmp_path, *some, "--minutes", 0) == compare.UNFINISHED and not lines(tmp_path)
     assert run(compare, tmp_path, *some) == 0
-    first = {name: path.read_text() for name, path in cells(tmp_path).items()}
-    written = {name: path.stat().st_mtime_ns for name, path in cells(tmp_path).items()}
+    first = (tmp_path / "cells.jsonl").read_text(encoding="utf-8")
     assert run(compare, tmp_path, *some, "--minutes", 0) == 0  # nothing is left to start
-    assert written == {name: path.stat().st_mtime_ns for name, path in cells(tmp_path).items()}
+    assert (tmp_path / "cells.jsonl").read_text(encoding="utf-8") == first
 
-    lost = next(name for name in first if "osora/final" in name)
-    (tmp_path / "cells" / lost).unlink()
+    lost = next(name for name in lines(tmp_path) if "osora final" in name)
+    before = json.loads(lines(tmp_path)[lost])
+    (tmp_path / "cells.jsonl").write_text(first.replace(lines(tmp_path)[lost], ""), encoding="utf-8")
     assert run(compare, tmp_path, *some) == 0
-    assert (tmp_path / "cells" / lost).read_text() == first[lost]  # the same to the last digit
-    assert [n for n, p in cells(tmp_path).items() if p.stat().st_mtime_ns != written[n]] == [lost]
+    *others, again = (tmp_path / "cells.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
+    assert json.loads(again)["result"] == before["result"]  # the same to the last digit
+    assert others == first.replace(next(t for t in first.splitlines(True) if json.loads(t) == before), "").splitlines(
+        True
+    )
 
     task = example("compare_tasks").EncoderTask
     monkeypatch.setattr(task, "head_rate", 0.5)  # other settings: other results
@@ -138,38 +145,27 @@ def test_an_adapter_is_all_that_moves(compare, example):
                     assert torch.equal(parameter, untouched[name]), (method.name, name)
 
 
-def losses_of(function):
-    """Cells' results from a function of the place in the grid."""
-    asked = []
-
-    def run_one(cell):
-        place = round(2 * math.log10(cell.rate))
-        asked.append(place)
-        loss = function(place)
-        return {"diverged": True} if loss is None else {"validation": {"loss": loss}}
-
-    return run_one, asked
-
-
 @pytest.mark.parametrize(
     ("function", "best", "asked"),
     [
-        (lambda place: abs(place + 5), -5, [-7, -6, -5, -4]),
-        (lambda place: abs(place + 9), -9, [-7, -6, -5, -4, -8, -9, -10]),
-        (lambda place: abs(place + 2), -2, [-7, -6, -5, -4, -3, -2, -1]),
-        (lambda place: -place, 0, [-7, -6, -5, -4, -3, -2, -1, 0]),  # no end: stopped
-        (lambda place: None if place > -6 else -place, -6, [-7, -6, -5, -4]),
+        (lambda place: abs(place + 5), -5, [-6, -5, -7, -4]),
+        (lambda place: abs(place + 9), -9, [-6, -5, -7, -4, -8, -9, -10]),
+        (lambda place: abs(place + 2), -2, [-6, -5, -7, -4, -3, -2, -1]),
+        (lambda place: -place, 0, [-6, -5, -7, -4, -3, -2, -1, 0]),  # no end: stopped
+        (lambda place: None if place > -6 else -place, -6, [-6, -5, -7, -4]),
     ],
 )
 def test_the_search_goes_on_while_the_best_is_at_an_edge(example, function, best, asked):
-    cells, methods = example("compare_cells"), example("compare_methods").METHODS
-
-    class Task:
-        size = type("", (), {"rates": 4})
-
-    run_one, found = losses_of(function)
-    rate, losses = cells.search(Task, methods["lora"], run_one)
-    assert rate == pytest.approx(10 ** (best / 2), rel=1e-2) and found == asked and len(losses) == len(asked)
+    plan, methods = example("compare_plan"), example("compare_methods").METHODS
+    size = example("compare_tasks").Size(1, 1, 8, validation=1, test=1, seeds=2, rates=4)
+    task, found, places, seeds = plan.Outline("encoder", size, 0.1, {}), {}, [], []
+    while cells := plan.in_order([task], {"encoder": ["lora"]}, lambda cell: found.get(cell.which())):
+        place = round(2 * math.log10(cells[0].rate))
+        (places if cells[0].stage == "search" else seeds).append(place)
+        loss = function(place)
+        found[cells[0].which()] = {"diverged": True} if loss is None else {"validation": {"loss": loss}}
+    assert places == asked and seeds == [best, best]
+    assert methods["lora"].rates == (-7, -6, -5, -4)
 
 
 def test_a_run_that_diverges_is_no_end(compare, example, tmp_path, monkeypatch):
@@ -204,21 +200,12 @@ def test_timings(compare, example, tmp_path, monkeypatch, capsys):
     assert "| – | – | – |" not in (tmp_path / "comparison.md").read_text()
 
 
-@pytest.mark.parametrize(("code", "wish"), [(0, 2), (3, 3), (1, 2)])
-def test_processes(compare, tmp_path, monkeypatch, code, wish, capsys):
-    """0 without results is an error of the report; a child that is out of time passes that on; a failure is named."""
-    monkeypatch.setattr(compare, "command_for", lambda *_: [sys.executable, "-S", "-c", f"raise SystemExit({code})"])
-    monkeypatch.setattr(compare.compare_report, "write", {0: compare.compare_report.write, 3: print, 1: print}[code])
-    assert compare.main(["--jobs", "2", "--output", str(tmp_path), "--tasks", "encoder", "--methods", "lora"]) == wish
-    if wish == 2:
-        assert ("no results" if code == 0 else "encoder lora") in capsys.readouterr().err
-
-
 @pytest.mark.parametrize(
     ("more", "message"),
     [
         (("--jobs", 0), "--jobs must be at least 1"),
         (("--gsm8k", "nowhere"), "no file nowhere"),
+        (("--resume", "nowhere"), "no file nowhere"),
         (("--tasks", "x"), "x"),
     ],
 )

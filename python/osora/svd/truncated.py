@@ -153,9 +153,11 @@ def decompose(
 ) -> list[Decomposition]:
     """Truncated SVDs of matrices [d, k] of one shape, dtype and device; see :func:`truncated_svd`.
 
-    ``names`` key the random streams: a matrix gives the same factors alone, in any batch and on any rank of a
-    distributed job. Messages about a weight call it by its label, which is its name if ``labels`` are not given. With
-    ``unconverged=None`` the caller says where no certificate was reached.
+    ``names`` key the random streams: on a CPU a matrix gives the same factors alone, in any batch and on any rank of a
+    distributed job, on a GPU factors that are equal to rounding: its libraries choose their kernels by the batch, and
+    only the same batch can be expected to give the same bits. The certificate holds either way. Messages about a
+    weight call it by its label, which is its name if ``labels`` are not given. With ``unconverged=None`` the caller
+    says where no certificate was reached.
     """
     check_max_memory(max_memory)
     if unconverged is not None:
