@@ -61,7 +61,7 @@ class HandLinear(nn.Module):
 
     def __init__(self, layer: OsoraLinear) -> None:
         super().__init__()
-        self.weight, self.bias = layer.weight, layer.bias
+        self.weight, self.bias = layer.base_layer.weight, layer.bias
         for name in ("U", "V", "S0"):
             self.register_buffer(name, getattr(layer, name))
         self.o = nn.Parameter(layer.o.detach().clone())

@@ -33,7 +33,8 @@ class OpByOpLinear(nn.Module):
         super().__init__()
         exact = layer.S0.dtype
         kept = (layer.U.to(exact) * layer.S0) @ layer.V.to(exact).t()
-        self.residual = nn.Parameter((layer.weight.to(exact) - kept).to(layer.weight.dtype), requires_grad=False)
+        base: Tensor = layer.base_layer.weight  # type: ignore[assignment]
+        self.residual = nn.Parameter((base.to(exact) - kept).to(base.dtype), requires_grad=False)
         self.bias = layer.bias
         self.register_buffer("U", layer.U)
         self.register_buffer("V", layer.V)

@@ -118,7 +118,7 @@ def known(bench):
     o, s = (getattr(layer, name).detach().double().requires_grad_() for name in "os")
     exact_x = x.double().requires_grad_()
     D = layer.U.double() * ((1 + o)[:, None] * (layer.S0.double() + s) - layer.S0.double())
-    weight = layer.weight.double() + D @ layer.V.double().t()
+    weight = layer.base_layer.weight.double() + D @ layer.V.double().t()
     y = exact_x @ weight.t() + layer.bias.double()
     exact = (y.detach(), *torch.autograd.grad(y, [exact_x, o, s], dy.double()))
     return layer, linear.Truth(basis, x, dy, 0), exact
