@@ -202,7 +202,7 @@ def rank_decomposed(described: Mapping[str, Any], config: AdapterConfig) -> int:
 
 
 def _stored_factors(described: Mapping[str, Any], saved: Mapping[str, Tensor]) -> Decomposition:
-    residuals = torch.full((described["rank"],), float(described["max_residual"]), dtype=torch.float64)
+    residuals = torch.full((described["rank"],), float(described["max_residual"]), dtype=torch.float64, device="cpu")
     return Decomposition(
         described["name"],
         saved["U"],
@@ -219,6 +219,7 @@ def _has_basis(layer: AdaptedLinear | None, rank: int) -> bool:
     return layer is not None and layer.S0.numel() >= rank
 
 
+@torch.inference_mode(False)
 def load_adapter(
     model: nn.Module,
     folder: str | os.PathLike[str],

@@ -64,7 +64,7 @@ class Verification:
 
 def _largest_entry(basis: Tensor) -> float:
     gram = basis.t() @ basis
-    return float((gram - torch.eye(len(gram), dtype=gram.dtype)).abs().max())
+    return float((gram - torch.eye(len(gram), dtype=gram.dtype, device=gram.device)).abs().max())
 
 
 def _check(saved: SavedModule, key: str, layer: AdaptedLinear) -> ModuleCheck:

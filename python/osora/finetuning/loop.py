@@ -68,7 +68,7 @@ def collate(items: Sequence[dict[str, list[int]]]) -> dict[str, Tensor]:
     longest = max(len(item["input_ids"]) for item in items)
 
     def padded(rows: list[list[int]], filling: int) -> Tensor:
-        return torch.tensor([row + [filling] * (longest - len(row)) for row in rows])
+        return torch.tensor([row + [filling] * (longest - len(row)) for row in rows], device="cpu")
 
     ids = [item["input_ids"] for item in items]
     return {

@@ -36,7 +36,13 @@ def is_conv1d(module: Any) -> bool:
 def oriented_weight(module: Any) -> Tensor:
     """The weight of a layer that is not quantised, as [out_features, in_features]: a view for ``Conv1D``."""
     weight = module.weight
-    assert isinstance(weight, Tensor)
+    if not isinstance(weight, Tensor):
+        kind = f"{type(module).__module__}.{type(module).__qualname__}"
+        raise TypeError(
+            f"the base layer of an adapter is a {kind} now, whose weight cannot be read: it was exchanged after the "
+            "adapter came (by quantize_dynamic, say). Do that before osora.attach with a kind that osora knows, or "
+            "after osora.merge and osora.detach(model, merged=True)"
+        )
     return weight.t() if is_conv1d(module) else weight
 
 

@@ -29,6 +29,21 @@ class KeepsBase(nn.Module):
                 f"adapter away: {cure}"
             )
 
+    def _own_weight(self) -> nn.Parameter:
+        own = self.base_kept[0].weight if self.base_kept else self.base_layer.weight
+        if isinstance(own, Tensor) and not isinstance(own, nn.Parameter):
+            raise ValueError(
+                "the base weight is computed anew in each forward (pruned, or parametrised), so that nothing can be "
+                "merged into it: make it a parameter first, by prune.remove, remove_weight_norm or "
+                "parametrize.remove_parametrizations"
+            )
+        return own  # type: ignore[return-value]  # what is no tensor at all is told where it is read
+
+    def refuse_computed(self) -> None:
+        """Raise ValueError where the base weight is no parameter, so that nothing can take its place."""
+        if kind_of(self.base_layer) is None:
+            self._own_weight()
+
     def put_merged(self, total: Tensor) -> None:
         """Put a sum [out_features, in_features], rounded once, in the base weight's place; quantised where that is.
 
@@ -40,19 +55,20 @@ class KeepsBase(nn.Module):
                 raise ValueError("merging gives NaN or infinite weights")
             self.base_kept.append(kind.replace(self.base_layer, total))
             return
-        own = self.base_kept[0].weight if self.base_kept else self.base_layer.weight
-        assert isinstance(own, nn.Parameter)
+        own = self._own_weight()
         merged = total.to(own.dtype)
         if not bool(merged.isfinite().all()):
             raise ValueError(f"merging gives NaN or infinite weights in {own.dtype}")
         if is_conv1d(self.base_layer):
             merged = merged.t()
-        self.base_layer.weight = nn.Parameter(merged.contiguous(), requires_grad=False)
-        self.base_kept[:] = [Kept(own)]
+        merged = merged.contiguous()
+        self.base_kept[:] = [Kept(own)]  # first: whoever interrupts this can put it back
+        self.base_layer.weight = nn.Parameter(merged, requires_grad=False)
 
     def put_back(self) -> None:
         """Put the kept base weight back: the same tensor, bit for bit."""
-        restore(self.base_layer, self.base_kept.pop())
+        restore(self.base_layer, self.base_kept[0])
+        self.base_kept.clear()
 
     def move_kept(self, fn: Callable[[Tensor], Tensor]) -> None:
         """Have the kept weight follow where ``nn.Module._apply(fn)`` moves the others. Raises RuntimeError."""

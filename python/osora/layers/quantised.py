@@ -131,7 +131,7 @@ class Bnb4bit:
         codes, table = self._codes(module), state.code.float()
         scales = state.absmax.t().float()  # [d, k / blocksize]
         d, k = codes.shape
-        dense = torch.empty(d, k)
+        dense = torch.empty(d, k, device=codes.device)
         rows = max(1, _ROWS // k)
         for begin in range(0, d, rows):
             part = slice(begin, begin + rows)

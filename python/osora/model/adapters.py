@@ -123,6 +123,7 @@ def _fitted(target: Target, layer: AdaptedLinear, config: AdapterConfig) -> Targ
     return target
 
 
+@torch.inference_mode(False)
 def add_adapter(
     model: nn.Module,
     name: str,

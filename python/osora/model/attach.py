@@ -4,7 +4,9 @@
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
+import torch
 from torch import nn
 
 from osora.config import AdapterConfig, OsoraConfig
@@ -67,6 +69,7 @@ def unwrap(model: nn.Module, layers: Iterable[AdaptedLinear]) -> None:
             _replace(model, [name], module.base_layer)
 
 
+@torch.inference_mode(False)
 def attach(
     model: nn.Module,
     config: AdapterConfig | None = None,
@@ -96,8 +99,8 @@ def attach(
         ``model`` itself.
 
     Raises:
-        ValueError: no target, a tied weight, NaN in a weight, one that does not fit in max_memory, an adapter already
-            there.
+        ValueError: no target, a tied weight, NaN in a weight, one that does not fit in max_memory, one made in
+            inference mode, an adapter already there, a model in DistributedDataParallel already.
         TypeError: a quantised or integer weight.
         osora.ConvergenceError: see ``unconverged``.
     """
@@ -107,6 +110,13 @@ def attach(
     check_new_name(model, name)
     began = time.perf_counter()
     targets = find_targets(model, config)
+    for target in targets:
+        weight: Any = target.module.weight
+        if weight.is_inference():
+            raise ValueError(
+                f"{target.name}.weight was made within torch.inference_mode(), and nothing can be trained on it: load "
+                "the model outside of it (torch.no_grad() serves as well)"
+            )
     layers = []
     for target, factors in decompose_targets(
         targets, config, max_memory=max_memory, unconverged=unconverged, progress=progress

@@ -10,16 +10,19 @@ from osora.model.state import adapted_layers, state_of
 
 
 def merge_layers(layers: Mapping[str, AdaptedLinear], requantize: bool = False) -> None:
-    """Merge all of them or, if one cannot be, none."""
-    done: list[AdaptedLinear] = []
-    for name, layer in layers.items():
-        try:
-            layer.merge(requantize)
-        except ValueError as error:
-            for earlier in done:
-                earlier.unmerge()
-            raise ValueError(f"{name}: {error}") from error
-        done.append(layer)
+    """Merge all of them or, whatever stops it, none."""
+    before = {name for name, layer in layers.items() if layer.merged}
+    try:
+        for name, layer in layers.items():
+            try:
+                layer.merge(requantize)
+            except (TypeError, ValueError) as error:
+                raise type(error)(f"{name}: {error}") from error
+    except BaseException:  # of the user, or for want of memory, too
+        for name, layer in layers.items():
+            if layer.merged and name not in before:
+                layer.unmerge()
+        raise
 
 
 def merge(model: nn.Module, *, requantize: bool = False) -> nn.Module:
@@ -38,8 +41,9 @@ def merge(model: nn.Module, *, requantize: bool = False) -> nn.Module:
         ``model`` itself.
 
     Raises:
-        ValueError: no adapter, merged already, a quantised base weight without ``requantize``, or a merged weight would
-            be NaN or infinite, naming the layer.
+        ValueError: no adapter, merged already, a quantised base weight without ``requantize``, a base weight that is
+            computed (pruned, parametrised), or a merged weight would be NaN or infinite, naming the layer.
+        TypeError: a base layer that was exchanged for one that cannot be read.
     """
     state_of(model)
     merge_layers(adapted_layers(model), requantize)
@@ -57,9 +61,9 @@ def unmerge(model: nn.Module) -> nn.Module:
     """
     state_of(model)
     layers = adapted_layers(model)
-    for name, layer in layers.items():
-        if not layer.merged:
-            raise ValueError(f"{name}: the adapter is not merged: there is nothing to undo")
-    for layer in layers.values():
+    merged = [layer for layer in layers.values() if layer.merged]
+    if not merged:
+        raise ValueError(f"{next(iter(layers), 'model')}: the adapter is not merged: there is nothing to undo")
+    for layer in merged:  # all of them, or those that an interrupted call has left
         layer.unmerge()
     return model

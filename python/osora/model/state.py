@@ -11,7 +11,7 @@ from osora.layers import AdaptedLinear
 from osora.layers.first_step import watch_first_step
 from osora.layers.penalty import Penalty
 from osora.layers.read_weight import Place, Readers
-from osora.model.targets import uncompiled
+from osora.model.targets import refuse_wrapped, uncompiled
 
 log = logging.getLogger("osora")
 
@@ -63,7 +63,7 @@ class State:
 
 def state_of(model: nn.Module) -> State:
     """The model's adapter state; raises ValueError if it has no adapter."""
-    state = getattr(model, _ATTRIBUTE, None)
+    state = getattr(uncompiled(model), _ATTRIBUTE, None)
     if not isinstance(state, State):
         raise ValueError(
             "this model has no osora adapter: call osora.attach(model, config) or osora.load_adapter first"
@@ -73,7 +73,7 @@ def state_of(model: nn.Module) -> State:
 
 def has_adapter(model: object) -> bool:
     """Whether an adapter has been attached to this very model."""
-    return isinstance(getattr(model, _ATTRIBUTE, None), State)
+    return isinstance(model, nn.Module) and isinstance(getattr(uncompiled(model), _ATTRIBUTE, None), State)
 
 
 def remember(model: nn.Module, state: State) -> None:
@@ -125,14 +125,15 @@ def check_new_name(model: nn.Module, name: str) -> None:
         raise ValueError(
             f"an adapter's name must not be empty nor have a dot (it is part of state_dict keys): {name!r}"
         )
-    state = getattr(model, _ATTRIBUTE, None)
+    state = getattr(uncompiled(model), _ATTRIBUTE, None)
     if isinstance(state, State) and name in state.adapters:
         raise ValueError(f"this model has an adapter {name!r} already: remove it first, or take another name")
 
 
 def refuse_if_adapted(model: nn.Module) -> None:
-    """Raise ValueError if the model has an adapter already."""
-    if getattr(model, _ATTRIBUTE, None) is not None or all_layers(model):
+    """Raise ValueError if the model has an adapter already, or is wrapped so that it is too late for one."""
+    refuse_wrapped(model)
+    if getattr(uncompiled(model), _ATTRIBUTE, None) is not None or all_layers(model):
         raise ValueError(
             "this model has an osora adapter already: call osora.detach(model) before attaching another, or give the "
             "new one a name with osora.add_adapter(model, name) or osora.load_adapter(model, folder, name=name)"

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
+from torch.optim.swa_utils import AveragedModel
 
 from osora.config import ALL_LINEAR, AdapterConfig
 from osora.layers.adapted import AdaptedLinear
@@ -128,9 +129,42 @@ def weight_holders(model: nn.Module) -> dict[int, set[int]]:
 
 
 def uncompiled(model: nn.Module) -> nn.Module:
-    """The model that ``torch.compile(model)`` stands for, in which modules have the names they are saved under."""
-    original = model._modules.get("_orig_mod")
-    return model if original is None else original
+    """The model inside ``torch.compile(model)``, DataParallel, DistributedDataParallel and AveragedModel.
+
+    In it modules have the names they are saved under.
+
+    Raises:
+        TypeError: what is no module, and FSDP's first wrapper, which flattens parameters.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    while True:
+        if type(model).__name__ == "FullyShardedDataParallel":
+            raise TypeError(
+                "this is a FullyShardedDataParallel, which flattens parameters: osora works with FSDP2 "
+                "(torch.distributed.fsdp.fully_shard), attached before or after it"
+            )
+        inside = model._modules.get("_orig_mod")
+        if isinstance(model, _WRAPPERS):
+            inside = model.module
+        if inside is None:
+            return model
+        model = inside
+
+
+_WRAPPERS = (nn.DataParallel, nn.parallel.DistributedDataParallel, AveragedModel)
+
+
+def refuse_wrapped(model: nn.Module) -> None:
+    """Raise ValueError for a model whose parameters something has taken stock of already."""
+    while (inside := model._modules.get("_orig_mod")) is not None:
+        model = inside
+    if isinstance(model, nn.parallel.DistributedDataParallel | AveragedModel):
+        raise ValueError(
+            f"this is a {type(model).__name__}, which knows the parameters it was made with: an adapter that came now "
+            f"would not be {'reduced' if 'Data' in type(model).__name__ else 'averaged'}. Give model.module its "
+            f"adapter, and make the {type(model).__name__} after it"
+        )
 
 
 def of_peft(model: nn.Module) -> set[str]:

@@ -294,6 +294,7 @@ class AdapterLayer(KeepsBase, BaseTunerLayer):
             f"run {self.name} unmerged, or load the adapter natively (osora.load_adapter) and call "
             "osora.merge(model, requantize=True)"
         )
+        self.refuse_computed()
         total = dense_weight(self.base()).to(self.exact)
         for name in [*self.merged_adapters, *new]:
             total = total + self.delta_weight(name)

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, ClassVar
 
+import torch
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from torch import nn
 
@@ -58,6 +59,7 @@ class AdapterModel(BaseTuner):
 
     # -- an adapter's way in --
 
+    @torch.inference_mode(False)
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         """Give the model an adapter, as PEFT does it, then all of its decompositions; or leave the model as it was."""
         config: Any = self.peft_config[adapter_name]
@@ -218,9 +220,9 @@ class AdapterModel(BaseTuner):
         before = [list(layer.merged_adapters) for layer in layers]
         try:
             yield
-        except ValueError:
+        except BaseException:  # of the user, or for want of memory, too
             for layer, merged in zip(layers, before, strict=True):
-                if layer.merged_adapters != merged:
+                if layer.merged_adapters != merged or bool(getattr(layer, "base_kept", merged)) != bool(merged):
                     layer.unmerge()
                     if merged:
                         layer.merge(adapter_names=merged)
