@@ -139,10 +139,12 @@ class Checks:
         return worst(h=relative(h, true_h), y=relative(y, true), trained=relative(trained, true), gradient=gradient)
 
     def fold(self, d: int, r: int, dtype: torch.dtype, lay: Callable[[Tensor], Tensor]) -> Any:
-        """fold and fold_backward."""
+        """fold and fold_backward; fold_many beside another layer gives fold's bits."""
         _, _, _, U, _, S0, s, o = self.case(1, d, 8, r, dtype)
         P = self.random(d, r).to(S0)
         D = op.fold(*(lay(tensor) for tensor in (U, S0, s, o)))
+        both = op.fold_many(*([lay(tensor), tensor] for tensor in (U, S0, s, o)))
+        assert all(torch.equal(D, other) for other in both), "fold_many's bits are not fold's"
         found = op.fold_backward(*(lay(tensor) for tensor in (U, P, S0, s, o)), True, True)
         true = reference.fold_backward(*doubles((U, P, S0, s, o)))
         errors = {name: relative(*pair) for name, *pair in zip(("ds", "do"), found, true, strict=True)}

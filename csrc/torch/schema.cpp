@@ -10,6 +10,8 @@ TORCH_LIBRARY(osora, m) {
 
   // D[d, r] = U * (o (S0 + s) + s): the adapter as one matrix, W = W0 + D V^T.
   m.def("fold(Tensor U, Tensor S0, Tensor s, Tensor o) -> Tensor");
+  // The same of many layers at once: one dtype and device, any shapes. No derivative.
+  m.def("fold_many(Tensor[] U, Tensor[] S0, Tensor[] s, Tensor[] o) -> Tensor[]");
   // P[d, r] = dL/dD  ->  dL/ds [r], dL/do [d]; what is not needed comes back empty, [0].
   m.def(
       "fold_backward(Tensor U, Tensor P, Tensor S0, Tensor s, Tensor o, bool need_s, bool need_o) -> (Tensor, Tensor)");

@@ -16,6 +16,7 @@ so the base weight W0 is never changed, and o = s = 0 is the base model exactly.
 """
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -44,6 +45,11 @@ def fold(U: Tensor, S0: Tensor, s: Tensor, o: Tensor) -> Tensor:
     exact = accumulate_dtype(U.dtype)
     start, s, o = S0.to(exact) + s.to(exact), s.to(exact), o.to(exact)
     return (U.to(exact) * (o[:, None] * start + s)).to(U.dtype)
+
+
+def fold_many(U: Sequence[Tensor], S0: Sequence[Tensor], s: Sequence[Tensor], o: Sequence[Tensor]) -> list[Tensor]:
+    """:func:`fold` of many layers: lists of one length, a layer at each place."""
+    return [fold(*layer) for layer in zip(U, S0, s, o, strict=True)]
 
 
 def fold_backward(
