@@ -55,6 +55,13 @@ inline void check_fold(const at::Tensor& U, const at::Tensor& S0, const at::Tens
   check_factors("osora::fold", U, S0, s, o);
 }
 
+// D of whoever has folded it already.
+inline void check_folded(const char* op, const std::optional<at::Tensor>& D, const at::Tensor& U) {
+  TORCH_CHECK(!D || (D->sizes() == U.sizes() && D->scalar_type() == U.scalar_type() && D->device() == U.device()), op,
+              ": D must be [out_features, rank] as U (", U.sizes(), ", ", U.scalar_type(), " on ", U.device(),
+              "), got ", D ? D->sizes() : at::IntArrayRef{}, ", ", D ? at::toString(D->scalar_type()) : "none");
+}
+
 // A message names the layer by its place in the lists.
 inline void check_fold_many(at::TensorList U, at::TensorList S0, at::TensorList s, at::TensorList o) {
   TORCH_CHECK(S0.size() == U.size() && s.size() == U.size() && o.size() == U.size(),

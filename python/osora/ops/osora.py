@@ -66,9 +66,17 @@ def _(x: Tensor, V: Tensor) -> Tensor:
 
 @torch.library.register_fake("osora::up")
 def _(
-    x: Tensor, h: Tensor, weight: Tensor | None, bias: Tensor | None, U: Tensor, S0: Tensor, s: Tensor, o: Tensor
+    x: Tensor,
+    h: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    U: Tensor,
+    S0: Tensor,
+    s: Tensor,
+    o: Tensor,
+    D: Tensor | None = None,
 ) -> Tensor:
-    one_device("up", x, h, weight, bias, U, S0, s, o)
+    one_device("up", x, h, weight, bias, U, S0, s, o, D)
     return x.new_empty((*x.shape[:-1], U.shape[0]))
 
 
@@ -85,8 +93,9 @@ def _(
     need_x: bool,
     need_s: bool,
     need_o: bool,
+    D: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    one_device("linear_backward", dy, h, weight, U, V, S0, s, o)
+    one_device("linear_backward", dy, h, weight, U, V, S0, s, o, D)
     sums = reference.accumulate_dtype(dy.dtype)
     dx = dy.new_empty((*dy.shape[:-1], V.shape[0]) if need_x else (0,))
     ds = dy.new_empty(U.shape[1] if need_s else 0, dtype=sums)
