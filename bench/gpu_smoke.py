@@ -18,9 +18,11 @@ import traceback
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import gpu_modules
 import measure
 import spectra
 import torch
+from gpu_modules import captured, relative
 from torch import Tensor
 
 import osora
@@ -37,12 +39,6 @@ op = torch.ops.osora
 
 def short(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
-
-
-def relative(found: Tensor, true: Tensor) -> float:
-    found, true = found.double(), true.double()
-    assert found.shape == true.shape, f"shape {tuple(found.shape)}, not {tuple(true.shape)}"
-    return float((found - true).norm() / true.norm().clamp_min(1e-300)) if found.numel() else 0.0
 
 
 def worst(**errors: float) -> dict[str, float]:
@@ -282,20 +278,6 @@ class Checks:
         return facts
 
 
-def captured(call: Callable[[], Any]) -> tuple[Callable[[], None], Any]:
-    """The call captured in a graph: what replays it, and its results, which the replay fills anew."""
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for _ in range(3):  # what is made at a first call is no part of a graph
-            call()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        results = call()
-    return graph.replay, results
-
-
 def run(check: Checks, small: bool) -> None:
     on_card = check.device != "cpu"
 
@@ -321,7 +303,17 @@ def run(check: Checks, small: bool) -> None:
         check(f"linear_multi {name}", lambda dtype=dtype: check.linear_multi(50, dtype), 2 * limit)
         check(f"sorsa_linear {name}", lambda dtype=dtype: check.sorsa(50, dtype), 2 * limit)
         check(f"linear_effective {name}", lambda dtype=dtype: check.effective(70, dtype), 2 * limit)
+        for rows in (40, 700):  # of the second, siblings share a product
+            about = f"layers together {name} n{rows}"
+            check(about, lambda rows=rows, dtype=dtype: gpu_modules.together(check.device, dtype, rows), 8 * limit)
+    for rows in (1, 8):
+        for both in (False, True):
+            about = f"decode of a block n{rows}{', together' if both else ''}"
+            asked = (check.device, torch.bfloat16, rows, both)
+            check(about, lambda asked=asked: gpu_modules.decode(*asked), 4 * LIMIT[torch.bfloat16])
     if on_card:
+        check("a graphed block", lambda: gpu_modules.graphed(torch.bfloat16, 300), LIMIT[torch.bfloat16])
+        check("W_eff on two streams", lambda: gpu_modules.effective_on_two_streams(check.device), 1e-4)
         check("graph, split", lambda: check.graph(64), LIMIT[torch.bfloat16])
         check("graph, decode", lambda: check.graph(4), LIMIT[torch.bfloat16])
     for method in METHOD_NAMES:

@@ -161,14 +161,19 @@ def test_a_change_within_the_forward_is_seen(name):
             torch.testing.assert_close(model(x), alone(x))
 
 
-def test_another_parameter_within_the_forward_is_seen():
+@pytest.mark.parametrize("name", ["o", "s", "S0", "U", "V", "base_layer.weight", "base_layer.bias"])
+def test_another_tensor_within_the_forward_is_seen(name):
     def change(pair: Pair, x: Tensor) -> None:
-        pair.gate.o = nn.Parameter(pair.gate.o.detach() + 0.3)
+        path, _, last = name.rpartition(".")
+        owner = pair.gate.get_submodule(path)
+        new = getattr(owner, last).detach() + 0.3
+        setattr(owner, last, new if last in ("S0", "U", "V") else nn.Parameter(new, last in ("o", "s")))
 
-    alone, model = both(lambda: Pair(between=change))
-    x = torch.randn(40, 12)
-    for _ in range(2):
-        torch.testing.assert_close(model(x), alone(x))
+    for rows in (3, 40):
+        alone, model = both(lambda: Pair(between=change))
+        x = torch.randn(rows, 12)
+        for _ in range(2):
+            torch.testing.assert_close(model(x), alone(x))
 
 
 def test_a_change_of_x_between_siblings_is_seen():

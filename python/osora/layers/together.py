@@ -261,7 +261,6 @@ class Call:
         self._forget_joint()
         if self._asked:
             self.known.layers = tuple(self._asked)
-        self._sources.clear()
 
 
 class _Calls(threading.local):
