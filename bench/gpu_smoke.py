@@ -313,7 +313,9 @@ def run(check: Checks, small: bool) -> None:
             check(about, lambda asked=asked: gpu_modules.decode(*asked), 4 * LIMIT[torch.bfloat16])
     if on_card:
         check("a graphed block", lambda: gpu_modules.graphed(torch.bfloat16, 300), LIMIT[torch.bfloat16])
+    if on_card and not small:
         check("W_eff on two streams", lambda: gpu_modules.effective_on_two_streams(check.device), 1e-4)
+    if on_card:
         check("graph, split", lambda: check.graph(64), LIMIT[torch.bfloat16])
         check("graph, decode", lambda: check.graph(4), LIMIT[torch.bfloat16])
     for method in METHOD_NAMES:
