@@ -33,7 +33,7 @@ SOURCES := $(shell find csrc cmake build_backend python -type f ! -name '*.pyc' 
   CMakeLists.txt setup.py pyproject.toml README.md
 
 # What runs csrc/cuda on the CPU.
-COVERAGE_TESTS := $(addprefix tests/ops/test_,fold.py multi_kernels.py decode.py) \
+COVERAGE_TESTS := $(addprefix tests/ops/test_,fold.py fold_many.py multi_kernels.py decode.py) \
   $(addprefix tests/svd/test_,dense_cuda.py drivers.py) -k 'emulated or dense'
 
 # Nothing of a run depends on the user's language, and nothing is fetched from a model hub.
@@ -134,8 +134,8 @@ build/peft-%/.done: $(STAMPS)/test
 # build. Each version has an environment of its own, without CUDA. 2.11.0 is the oldest that is supported.
 TORCH_VERSIONS := 2.11.0 2.13.0
 TORCH_TESTS := $(patsubst %,tests/%.py,project/test_api project/test_build $(addprefix ops/test_,linear linear_add \
-  linear_autograd linear_multi fold decode materialised sorsa compiled composition) $(addprefix layers/test_,layers ablations) \
-  $(addprefix model/test_,sorsa_adapter execution compiled_model adapters adapter_batch distributed) \
+  linear_autograd linear_multi fold fold_many given decode materialised sorsa compiled composition) $(addprefix layers/test_,layers ablations) \
+  $(addprefix model/test_,sorsa_adapter execution together together_composed compiled_model adapters adapter_batch distributed) \
   $(addprefix svd/test_,values certificates arguments plan hostile floor))
 other_torch = OSORA_CUDA=0 $(MAKE) $(1) VENV=.venv-torch-$* TORCH=torch==$* EMULATION=0
 

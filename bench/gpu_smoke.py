@@ -19,9 +19,11 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import clock
+import gpu_modules
 import measure
 import spectra
 import torch
+from gpu_modules import relative
 from torch import Tensor
 
 import osora
@@ -38,12 +40,6 @@ op = torch.ops.osora
 
 def short(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
-
-
-def relative(found: Tensor, true: Tensor) -> float:
-    found, true = found.double(), true.double()
-    assert found.shape == true.shape, f"shape {tuple(found.shape)}, not {tuple(true.shape)}"
-    return float((found - true).norm() / true.norm().clamp_min(1e-300)) if found.numel() else 0.0
 
 
 def worst(**errors: float) -> dict[str, float]:
@@ -140,10 +136,12 @@ class Checks:
         return worst(h=relative(h, true_h), y=relative(y, true), trained=relative(trained, true), gradient=gradient)
 
     def fold(self, d: int, r: int, dtype: torch.dtype, lay: Callable[[Tensor], Tensor]) -> Any:
-        """fold and fold_backward."""
+        """fold and fold_backward; fold_many beside another layer gives fold's bits."""
         _, _, _, U, _, S0, s, o = self.case(1, d, 8, r, dtype)
         P = self.random(d, r).to(S0)
         D = op.fold(*(lay(tensor) for tensor in (U, S0, s, o)))
+        both = op.fold_many(*([lay(tensor), tensor] for tensor in (U, S0, s, o)))
+        assert all(torch.equal(D, other) for other in both), "fold_many's bits are not fold's"
         found = op.fold_backward(*(lay(tensor) for tensor in (U, P, S0, s, o)), True, True)
         true = reference.fold_backward(*doubles((U, P, S0, s, o)))
         errors = {name: relative(*pair) for name, *pair in zip(("ds", "do"), found, true, strict=True)}
@@ -306,6 +304,18 @@ def run(check: Checks, small: bool) -> None:
         check(f"linear_multi {name}", lambda dtype=dtype: check.linear_multi(50, dtype), 2 * limit)
         check(f"sorsa_linear {name}", lambda dtype=dtype: check.sorsa(50, dtype), 2 * limit)
         check(f"linear_effective {name}", lambda dtype=dtype: check.effective(70, dtype), 2 * limit)
+        for rows in (40, 700):  # of the second, siblings share a product
+            about = f"layers together {name} n{rows}"
+            check(about, lambda rows=rows, dtype=dtype: gpu_modules.together(check.device, dtype, rows), 8 * limit)
+    for rows in (1, 8):
+        for both in (False, True):
+            about = f"decode of a block n{rows}{', together' if both else ''}"
+            asked = (check.device, torch.bfloat16, rows, both)
+            check(about, lambda asked=asked: gpu_modules.decode(*asked), 4 * LIMIT[torch.bfloat16])
+    if on_card:
+        check("a graphed block", lambda: gpu_modules.graphed(torch.bfloat16, 300), LIMIT[torch.bfloat16])
+    if on_card and not small:
+        check("W_eff on two streams", lambda: gpu_modules.effective_on_two_streams(check.device), 1e-4)
     if on_card:
         check("graph, split", lambda: check.graph(64), LIMIT[torch.bfloat16])
         check("graph, decode", lambda: check.graph(4), LIMIT[torch.bfloat16])

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The models that bench/step.py compares: one base, five ways to train it, all sharing the base's weights."""
+"""The models that bench/step.py compares: one base, six ways to train it, all sharing the base's weights."""
 
 import copy
 from dataclasses import dataclass
@@ -12,10 +12,12 @@ import osora
 from osora import adapted_layers
 from osora.layers import OsoraLinear
 
-PEERS = ("frozen", "osora", "op-by-op", "vera", "lora")
+PEERS = ("frozen", "osora", "together", "op-by-op", "vera", "lora")
+USUAL = tuple(name for name in PEERS if name != "together")
 ABOUT = {
     "frozen": "no adapter",
     "osora": "osora",
+    "together": "osora, layers together",
     "op-by-op": "plain torch, op by op",
     "vera": "PEFT VeRA",
     "lora": "PEFT LoRA",
@@ -76,6 +78,12 @@ def make_osora(base: nn.Module, rank: int, seed: int) -> Peer:
     return Peer(model, osora.adapter_parameters(model))
 
 
+def make_together(adapted: nn.Module) -> Peer:
+    """The same adapter, whose layers work together in each forward of the model."""
+    model = osora.set_execution(shared(adapted), "split", together=True)
+    return Peer(model, osora.adapter_parameters(model))
+
+
 def make_op_by_op(adapted: nn.Module) -> Peer:
     """The same function as a model with an osora adapter, which stays as it is."""
     model = shared(adapted)
@@ -109,12 +117,14 @@ def make_peft(base: nn.Module, kind: str, rank: int, float32: bool) -> Peer:
 def make(names: list[str], base: nn.Module, rank: int, seed: int, peft_float32: bool) -> dict[str, Peer]:
     """The peers named."""
     made: dict[str, Peer] = {}
-    adapted = make_osora(base, rank, seed) if {"osora", "op-by-op"} & set(names) else None
+    adapted = make_osora(base, rank, seed) if {"osora", "together", "op-by-op"} & set(names) else None
     for name in names:
         if name == "frozen":
             made[name] = Peer(needs_input_gradient(shared(base)), [])
         elif name == "osora":
             made[name] = adapted
+        elif name == "together":
+            made[name] = make_together(adapted.model)
         elif name == "op-by-op":
             made[name] = make_op_by_op(adapted.model)
         else:

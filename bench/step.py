@@ -4,6 +4,7 @@
 The peers share the base's weights and adapt the same linear layers at the same rank; they run in turn in one process:
   frozen     no adapter; a gradient flows through every layer to the embeddings, as it does for an adapter
   osora      osora.attach
+  together   the same with set_execution(together=True); only if asked for
   op-by-op   the paper's formula in plain torch
   vera, lora PEFT's, with adapters in the base's dtype (--peft-float32: PEFT's own default)
 Peak memory comes from one process per peer. "Saved" is what autograd keeps for the backward in the whole model beside
@@ -26,7 +27,7 @@ import models
 import peers
 import torch
 from measure import Refused, Run, check_device, console, interleaved, show_bytes, show_ratio, show_seconds, table
-from peers import ABOUT, PEERS, Peer
+from peers import ABOUT, PEERS, USUAL, Peer
 from torch import Tensor, nn
 
 from osora import adapted_layers
@@ -114,7 +115,10 @@ def graphs_of(steps: dict[str, Step], options: argparse.Namespace) -> tuple[dict
 
 def saved_bytes(peer: Peer, tokens: Tensor) -> int:
     """What autograd keeps for the backward, parameters and buffers left out."""
-    return measure.saved_bytes(lambda: loss_of(peer.model, tokens), (*peer.model.parameters(), *peer.model.buffers()))
+    known = (*peer.model.parameters(), *peer.model.buffers())
+    # D of layers that work together, [d, r] as U, is not kept under the hooks that count
+    together = [layer.U for layer in adapted_layers(peer.model).values() if layer.together]
+    return measure.saved_bytes(lambda: loss_of(peer.model, tokens), known) + sum(U.nbytes for U in together)
 
 
 def floor(base: nn.Module, rank: int) -> dict[str, float]:
@@ -167,6 +171,8 @@ def run_dtype(dtype: str, options: argparse.Namespace) -> dict[str, Any]:
     # osora and its twin are always there, for the check.
     names = [name for name in PEERS if name in {*options.peers, "osora", "op-by-op"}]
     made = peers.make(names, base, options.rank, options.seed, options.peft_float32)
+    if "together" in made:
+        check(made["together"], made["op-by-op"], dtype, tokens)
     report = check(made["osora"], made["op-by-op"], dtype, tokens)
     console.print(
         f"{dtype}: osora's gradients are right (o {report['osora']['grad_o']:.1e}, s {report['osora']['grad_s']:.1e} "
@@ -226,7 +232,7 @@ def main(argv: list[str] | None = None) -> int:
     models.add_arguments(parser)
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--tokens", type=int, default=200, help="per sequence")
-    parser.add_argument("--peers", nargs="+", default=list(PEERS), choices=PEERS)
+    parser.add_argument("--peers", nargs="+", default=list(USUAL), choices=PEERS)
     parser.add_argument("--peft-float32", action="store_true", help="PEFT's adapters in float32 in a 16-bit model")
     parser.add_argument("--memory", action=argparse.BooleanOptionalAction, default=True, help="measure peak memory")
     parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)

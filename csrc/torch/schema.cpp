@@ -10,6 +10,8 @@ TORCH_LIBRARY(osora, m) {
 
   // D[d, r] = U * (o (S0 + s) + s): the adapter as one matrix, W = W0 + D V^T.
   m.def("fold(Tensor U, Tensor S0, Tensor s, Tensor o) -> Tensor");
+  // The same of many layers at once: one dtype and device, any shapes. No derivative.
+  m.def("fold_many(Tensor[] U, Tensor[] S0, Tensor[] s, Tensor[] o) -> Tensor[]");
   // P[d, r] = dL/dD  ->  dL/ds [r], dL/do [d]; what is not needed comes back empty, [0].
   m.def(
       "fold_backward(Tensor U, Tensor P, Tensor S0, Tensor s, Tensor o, bool need_s, bool need_o) -> (Tensor, Tensor)");
@@ -18,17 +20,21 @@ TORCH_LIBRARY(osora, m) {
   m.def(
       "linear(Tensor x, Tensor? weight, Tensor? bias, Tensor U, Tensor V, Tensor S0, Tensor s, Tensor o)"
       " -> (Tensor, Tensor)");
-  // y of linear with a derivative in x, bias, s and o, which keeps h. `cast`: weight, U and V take x's dtype.
+  // y of linear with a derivative in x, bias, s and o, which keeps h. `cast`: weight, U and V take x's dtype. Who has h
+  // or D already gives them, in x's dtype: a D is kept too, for the backward, and without one it is folded there again.
   m.def(
       "linear_trained(Tensor x, Tensor? weight, Tensor? bias, Tensor U, Tensor V, Tensor S0, Tensor s, Tensor o,"
-      " bool cast) -> Tensor");
-  // The two halves of linear, for those who keep h and compute y again: h = x V, y = x W^T + bias + h D^T.
+      " bool cast, Tensor? h=None, Tensor? D=None) -> Tensor");
+  // The two halves of linear, for those who keep h and compute y again: h = x V, y = x W^T + bias + h D^T. Where a D
+  // is given it is not folded, here and in the backward; it must be that of U, S0, s and o.
   m.def("down(Tensor x, Tensor V) -> Tensor");
-  m.def("up(Tensor x, Tensor h, Tensor? weight, Tensor? bias, Tensor U, Tensor S0, Tensor s, Tensor o) -> Tensor");
+  m.def(
+      "up(Tensor x, Tensor h, Tensor? weight, Tensor? bias, Tensor U, Tensor S0, Tensor s, Tensor o, Tensor? D=None)"
+      " -> Tensor");
   // dy[n, d], h[n, r]  ->  dx[n, k], ds[r], do[d]; what is not needed comes back empty, [0].
   m.def(
       "linear_backward(Tensor dy, Tensor h, Tensor? weight, Tensor U, Tensor V, Tensor S0, Tensor s, Tensor o,"
-      " bool need_x, bool need_s, bool need_o) -> (Tensor, Tensor, Tensor)");
+      " bool need_x, bool need_s, bool need_o, Tensor? D=None) -> (Tensor, Tensor, Tensor)");
 
   // y[..., d] += (x V) D^T in place, for a base that owns its product (a quantised one)  ->  h[n, r] = x V.
   m.def("linear_add_(Tensor(a!) y, Tensor x, Tensor U, Tensor V, Tensor S0, Tensor s, Tensor o) -> Tensor");

@@ -16,6 +16,7 @@ so the base weight W0 is never changed, and o = s = 0 is the base model exactly.
 """
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -44,6 +45,11 @@ def fold(U: Tensor, S0: Tensor, s: Tensor, o: Tensor) -> Tensor:
     exact = accumulate_dtype(U.dtype)
     start, s, o = S0.to(exact) + s.to(exact), s.to(exact), o.to(exact)
     return (U.to(exact) * (o[:, None] * start + s)).to(U.dtype)
+
+
+def fold_many(U: Sequence[Tensor], S0: Sequence[Tensor], s: Sequence[Tensor], o: Sequence[Tensor]) -> list[Tensor]:
+    """:func:`fold` of many layers: lists of one length, a layer at each place."""
+    return [fold(*layer) for layer in zip(U, S0, s, o, strict=True)]
 
 
 def fold_backward(
@@ -91,10 +97,18 @@ def down(x: Tensor, V: Tensor) -> Tensor:
 
 
 def up(
-    x: Tensor, h: Tensor, weight: Tensor | None, bias: Tensor | None, U: Tensor, S0: Tensor, s: Tensor, o: Tensor
+    x: Tensor,
+    h: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    U: Tensor,
+    S0: Tensor,
+    s: Tensor,
+    o: Tensor,
+    D: Tensor | None = None,
 ) -> Tensor:
-    """The second half of :func:`linear`: ``y = x W0ᵀ + bias + h Dᵀ`` [..., d]."""
-    y = h @ fold(U, S0, s, o).t()
+    """The second half of :func:`linear`: ``y = x W0ᵀ + bias + h Dᵀ`` [..., d]. A D that is given is not folded."""
+    y = h @ (fold(U, S0, s, o) if D is None else D).t()
     if bias is not None:
         y = y + bias
     if weight is not None:
@@ -114,6 +128,7 @@ def linear_backward(
     need_x: bool = True,
     need_s: bool = True,
     need_o: bool = True,
+    D: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of :func:`linear`: ``dx = dy W0 + (dy D) Vᵀ``, and ds, do from ``P = dyᵀ h``.
 
@@ -123,7 +138,7 @@ def linear_backward(
     rows = dy.reshape(math.prod(dy.shape[:-1]), U.shape[0])
     dx = dy.new_empty(0)
     if need_x:
-        dx = (rows @ fold(U, S0, s, o)) @ V.t()
+        dx = (rows @ (fold(U, S0, s, o) if D is None else D)) @ V.t()
         if weight is not None:
             dx = dx + rows @ weight
         dx = dx.reshape(*dy.shape[:-1], V.shape[0])

@@ -1,14 +1,16 @@
 // SPDX-License-Identifier: Apache-2.0
-// Runs the kernels of csrc/cuda/fold/fold.cu on the CPU against a float64 reference, over many sizes, types and
-// alignments. The last line is a hash of all output bits: equal in every schedule (OSORA_EMULATION_ORDER).
+// Runs the kernels of csrc/cuda/fold/fold.cu and fold_many.cu on the CPU against a float64 reference, over many sizes,
+// types and alignments. The last line is a hash of all output bits: equal in every schedule (OSORA_EMULATION_ORDER).
 #include <cmath>
 #include <cstdio>
 #include <limits>
+#include <list>
 #include <random>
 #include <vector>
 
 #include "cuda/common/half.cuh"
 #include "cuda/fold/fold.h"
+#include "cuda/fold/fold_many.h"
 #include "drive.h"
 
 namespace {
@@ -67,8 +69,47 @@ void run(int64_t d, int64_t r, Skip skip, bool need_s = true, bool need_o = true
   expect(do_worst.ratio <= 1, "do", do_worst.ratio, 1);
 }
 
+// Layers of many shapes at once, empty and unaligned ones among them: fold()'s own bits.
+template <class T>
+void run_many(int layers) {
+  using A = accumulate_t<T>;
+  std::mt19937 random(static_cast<unsigned>(layers));
+  std::list<Array<T>> matrices;
+  std::list<Array<A>> vectors;
+  std::vector<FoldLayer<T>> table;
+  std::vector<Array<T>*> results, wishes;
+  const auto vector = [&](int64_t count, double scale) {
+    vectors.emplace_back(count, static_cast<int>(random() % 2));
+    vectors.back().fill(random, scale);
+    return vectors.back().data();
+  };
+  for (int k = 0; k < layers; ++k) {
+    const int64_t d = k % 7 == 3 ? 0 : 1 + k * 37 % 150, r = k % 11 == 5 ? 0 : k % 3 ? 8 * (1 + k % 5) : 1 + k % 70;
+    for (const int skip : {k % 4 == 3, k % 5 == 4, k % 5 == 4}) matrices.emplace_back(d * r, skip);  // u, two results
+    auto last = matrices.rbegin();
+    results.push_back(&*last++), wishes.push_back(&*last++);
+    last->fill(random, 1.0);
+    table.push_back({last->data(), vector(r, 1.0), vector(r, 0.01), vector(d, 0.01), results.back()->data(), d, r});
+  }
+  fold_many(table.data(), layers, nullptr);
+  int64_t wrong = 0;
+  uint64_t bits = 1469598103934665603ull;
+  for (int k = 0; k < layers; ++k) {
+    const auto& [u, s0, s, o, d_out, d, r] = table[k];
+    fold(u, s0, s, o, wishes[k]->data(), d, r, nullptr);
+    wrong += results[k]->hash(0) != wishes[k]->hash(0);
+    bits = results[k]->hash(bits);
+  }
+  all_bits = (all_bits ^ bits) * 1099511628211ull;
+  std::printf("%-8s %d layers: %ld differ  %016lx\n", Number<T>::kName, layers, static_cast<long>(wrong),
+              static_cast<unsigned long>(bits));
+  failures += static_cast<int>(wrong);
+}
+
 template <class T>
 void run_sizes() {
+  run_many<T>(0);
+  run_many<T>(15);
   for (const int64_t r : {1, 7, 8, 64, 100}) run<T>(65, r, {});
   run<T>(131, 257, {});  // several column tiles of single numbers
   run<T>(67, 1024, {});  // several column tiles of packs

@@ -6,6 +6,7 @@
 #include "core/linear_plan.h"
 #include "torch/linear/decode_launch.h"
 #include "torch/linear/multi_launch.h"
+#include "torch/linear/stream_order.h"
 
 namespace osora {
 namespace {
@@ -44,6 +45,44 @@ void multi_combine_emulated(const at::Tensor& y, const at::Tensor& t, const at::
   multi_combine_launch(y, t, o, index, /*stream=*/nullptr);
 }
 
+// Streams that only note what is asked of them, in threes: what, stream, and the number of the event or 0.
+struct NotedStreams {
+  using Stream = int64_t;
+  using Event = int64_t;
+  enum What : int64_t { kRead, kWrite, kRecord, kWait, kUse };
+
+  Stream current() const { return now; }
+  Event record(Stream stream) {
+    note(kRecord, stream, ++events);
+    return events;
+  }
+  void wait(Stream stream, Event event) { note(kWait, stream, event); }
+  void use(Stream stream) { note(kUse, stream, 0); }
+  void note(What what, Stream stream, Event event) { notes.insert(notes.end(), {what, stream, event}); }
+
+  Stream now = 0;
+  Event events = 0;
+  std::vector<int64_t> notes;
+};
+
+// script: reads (0) and writes (1) of one memory, each followed by its stream -> what StreamOrder asks for around them.
+std::vector<int64_t> stream_order(at::IntArrayRef script) {
+  NotedStreams streams;
+  StreamOrder<NotedStreams> order;
+  for (size_t i = 0; i + 1 < script.size(); i += 2) {
+    streams.now = script[i + 1];
+    if (script[i] == NotedStreams::kRead) {
+      order.read(streams);
+      streams.note(NotedStreams::kRead, streams.now, 0);
+    } else {
+      order.before_write(streams);
+      streams.note(NotedStreams::kWrite, streams.now, 0);
+      order.after_write(streams);
+    }
+  }
+  return streams.notes;
+}
+
 }  // namespace
 
 TORCH_LIBRARY_FRAGMENT(osora_emulated, m) {
@@ -51,6 +90,7 @@ TORCH_LIBRARY_FRAGMENT(osora_emulated, m) {
       "decode(Tensor x, Tensor? weight, Tensor? bias, Tensor U, Tensor V, Tensor S0, Tensor s, Tensor o,"
       " Tensor? ranks=None, Tensor? index=None) -> (Tensor, Tensor)");
   m.def("linear_plan", &linear_plan);
+  m.def("stream_order", &stream_order);
   m.def("multi_scale(Tensor h, Tensor S0, Tensor s, Tensor? ranks, Tensor index) -> Tensor");
   m.def("multi_combine(Tensor(a!) y, Tensor t, Tensor o, Tensor index) -> ()");
 }

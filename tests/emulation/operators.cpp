@@ -7,6 +7,7 @@
 #include "grid.h"
 #include "torch/common/checks.h"
 #include "torch/fold/fold_launch.h"
+#include "torch/fold/fold_many_launch.h"
 
 namespace osora {
 namespace {
@@ -28,6 +29,12 @@ std::tuple<at::Tensor, at::Tensor> fold_backward_emulated(const at::Tensor& U, c
                               need_s, need_o, /*stream=*/nullptr);
 }
 
+std::vector<at::Tensor> fold_many_emulated(at::TensorList U, at::TensorList S0, at::TensorList s, at::TensorList o) {
+  check_fold_many(U, S0, s, o);
+  if (U.empty()) return {};
+  return fold_many_launch(fold_inputs(U, S0, s, o), /*stream=*/nullptr);
+}
+
 void svd_driver_limits(int64_t method, int64_t d, int64_t k, int64_t rank, int64_t itemsize) {
   core::refuse_driver(core::SvdMethod{method}, d, k, rank, itemsize);
 }
@@ -39,6 +46,7 @@ TORCH_LIBRARY(osora_emulated, m) {
   m.def("fold(Tensor U, Tensor S0, Tensor s, Tensor o) -> Tensor");
   m.def(
       "fold_backward(Tensor U, Tensor P, Tensor S0, Tensor s, Tensor o, bool need_s, bool need_o) -> (Tensor, Tensor)");
+  m.def("fold_many(Tensor[] U, Tensor[] S0, Tensor[] s, Tensor[] o) -> Tensor[]");
   m.def("svd_driver_limits", &svd_driver_limits);
   m.def("svd_driver_workspace", &svd_driver_workspace);
   m.def("launches() -> int", [] { return emulation::launches.load(); });  // of kernels, so far
@@ -46,6 +54,7 @@ TORCH_LIBRARY(osora_emulated, m) {
 TORCH_LIBRARY_IMPL(osora_emulated, CPU, m) {
   m.impl("fold", &fold_emulated);
   m.impl("fold_backward", &fold_backward_emulated);
+  m.impl("fold_many", &fold_many_emulated);
 }
 
 }  // namespace osora

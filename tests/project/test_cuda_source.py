@@ -211,3 +211,14 @@ def test_decoding_reads_its_matrices_16_bytes_at_once(compiled, card):
         if rows := re.search(r"expand_kernelILi\dELi(\d)ELi(\d)E", name):
             wanted = int(rows[1]) + int(rows[2])
         assert count(kernel, r"LDG\.E\.128") >= wanted, name
+
+
+@pytest.mark.parametrize("card", CARDS)
+def test_the_fold_of_many_layers_moves_16_bytes_where_it_can(compiled, card):
+    """Both paths are in one kernel: a layer's alignment is known at run time."""
+    if compiled.source != "fold_many":
+        pytest.skip("not that fold")
+    found = instructions(compiled.object, card)
+    assert len(found) == 4, "four types"
+    for name, kernel in found.items():
+        assert count(kernel, r"LDG\.E\.128") > 0 and count(kernel, r"STG\.E\.128") > 0, name

@@ -107,7 +107,7 @@ def run(programs, fixed_addresses):
 
 @pytest.fixture(scope="module", params=["emulation", "emulation_decode", "emulation_multi", "emulation_svd"])
 def driver(request: pytest.FixtureRequest, programs) -> tuple[str, str]:
-    """The programs for fold.cu, decode.cu, multi.cu, svd_*.cu, and what the plain one prints."""
+    """The programs for fold*.cu, decode.cu, multi.cu, svd_*.cu, and what the plain one prints."""
     plain = subprocess.run([programs / f"{request.param}_plain"], capture_output=True, text=True)
     return request.param, plain.stdout
 

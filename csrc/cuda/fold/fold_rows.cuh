@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// The fold of some rows by one thread.
+// The fold of some rows by one thread: shared by fold.cu and fold_many.cu, whose results are therefore the same bits.
 #pragma once
 #include "cuda/common/half.cuh"
 #include "cuda/common/layout.cuh"

@@ -6,6 +6,7 @@
 #include <ATen/ops/aminmax.h>
 
 #include <algorithm>
+#include <string>
 #include <utility>
 #include <vector>
 
@@ -52,6 +53,27 @@ inline void check_factors(const char* op, const at::Tensor& U, const at::Tensor&
 
 inline void check_fold(const at::Tensor& U, const at::Tensor& S0, const at::Tensor& s, const at::Tensor& o) {
   check_factors("osora::fold", U, S0, s, o);
+}
+
+// D of whoever has folded it already.
+inline void check_folded(const char* op, const std::optional<at::Tensor>& D, const at::Tensor& U) {
+  TORCH_CHECK(!D || (D->sizes() == U.sizes() && D->scalar_type() == U.scalar_type() && D->device() == U.device()), op,
+              ": D must be [out_features, rank] as U (", U.sizes(), ", ", U.scalar_type(), " on ", U.device(),
+              "), got ", D ? D->sizes() : at::IntArrayRef{}, ", ", D ? at::toString(D->scalar_type()) : "none");
+}
+
+// A message names the layer by its place in the lists.
+inline void check_fold_many(at::TensorList U, at::TensorList S0, at::TensorList s, at::TensorList o) {
+  TORCH_CHECK(S0.size() == U.size() && s.size() == U.size() && o.size() == U.size(),
+              "osora::fold_many: U, S0, s and o must be lists of one length, got ", U.size(), ", ", S0.size(), ", ",
+              s.size(), " and ", o.size(), " tensors");
+  for (size_t k = 0; k < U.size(); ++k) {
+    const auto op = "osora::fold_many: layer " + std::to_string(k);
+    check_factors(op.c_str(), U[k], S0[k], s[k], o[k]);
+    TORCH_CHECK(U[k].scalar_type() == U[0].scalar_type() && U[k].device() == U[0].device(), op,
+                ": every U must have one dtype and device, got ", U[k].scalar_type(), " on ", U[k].device(), " after ",
+                U[0].scalar_type(), " on ", U[0].device());
+  }
 }
 
 inline void check_fold_backward(const at::Tensor& U, const at::Tensor& P, const at::Tensor& S0, const at::Tensor& s,

@@ -37,7 +37,8 @@ bool take_vectors(at::ScalarType type, Call call) {
 
 at::Tensor ready(const at::Tensor& t, at::ScalarType type) { return t.to(type).contiguous(); }
 
-// Rows [begin, end) of D, with start = S0 + s; called by the thread that computes them.
+}  // namespace
+
 void fold_rows_cpu(const at::Tensor& U, const at::Tensor& start, const at::Tensor& s, const at::Tensor& o,
                    const at::Tensor& D, int64_t begin, int64_t end) {
   const int64_t r = U.size(1);
@@ -54,8 +55,6 @@ void fold_rows_cpu(const at::Tensor& U, const at::Tensor& start, const at::Tenso
                    D.mutable_data_ptr<T>(), begin, end, r);
   });
 }
-
-}  // namespace
 
 at::Tensor fold_cpu(const at::Tensor& U, const at::Tensor& S0, const at::Tensor& s, const at::Tensor& o) {
   auto D = at::empty_like(U);

@@ -67,23 +67,25 @@ at::Tensor down(const at::Tensor& x, const at::Tensor& V) {
 }
 
 at::Tensor up(const at::Tensor& x, const at::Tensor& h, const Optional& weight, const Optional& bias,
-              const at::Tensor& U, const at::Tensor& S0, const at::Tensor& s, const at::Tensor& o) {
+              const at::Tensor& U, const at::Tensor& S0, const at::Tensor& s, const at::Tensor& o, const Optional& D) {
   check_up(x, h, weight, bias, U, S0, s, o);
+  check_folded("osora::up", D, U);
   const OperatorGuard guard(x.device());
-  return linear_plus(x, as_rows(x), weight, bias, h, fold(U, S0, s, o));
+  return linear_plus(x, as_rows(x), weight, bias, h, D ? *D : fold(U, S0, s, o));
 }
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor> linear_backward(const at::Tensor& dy, const at::Tensor& h,
                                                                const Optional& weight, const at::Tensor& U,
                                                                const at::Tensor& V, const at::Tensor& S0,
                                                                const at::Tensor& s, const at::Tensor& o, bool need_x,
-                                                               bool need_s, bool need_o) {
+                                                               bool need_s, bool need_o, const Optional& folded) {
   check_linear_backward(dy, h, weight, U, V, S0, s, o);
+  check_folded("osora::linear_backward", folded, U);
   const OperatorGuard guard(dy.device());
   const auto rows = as_rows(dy);
   auto dx = at::empty({0}, dy.options());
   if (need_x) {
-    const auto D = fold(U, S0, s, o);
+    const auto D = folded ? *folded : fold(U, S0, s, o);
     const bool first = weight && core::sums_weight_first(rows.size(0), U.size(0), V.size(0));
     if (const auto sum = first ? summed_weight(*weight, D, V) : std::nullopt) {
       dx = at::mm(rows, *sum);

@@ -14,6 +14,8 @@
 #include "torch/common/checks.h"
 #include "torch/fold/fold.h"
 #include "torch/linear/capture.h"
+#include "torch/linear/device_streams.h"
+#include "torch/linear/stream_order.h"
 
 namespace osora {
 namespace {
@@ -58,7 +60,20 @@ class Stamp {
 struct Kept {
   at::Tensor effective;
   std::optional<std::array<Stamp, 6>> stamps;  // none while it is being written: a write that fails leaves no trust
+  StreamOrder<DeviceStreams> order;
 };
+
+// A stream that is being captured may not wait for work outside of its graph, nor that for the graph: whoever records
+// one has waited for the device before (torch.cuda.graph does), and orders its replays himself.
+bool has_order(const at::Tensor& t) { return t.is_cuda() && !is_capturing(t); }
+
+const at::Tensor& to_be_read(Kept& kept) {
+  if (has_order(kept.effective)) {
+    DeviceStreams streams(kept.effective);
+    kept.order.read(streams);
+  }
+  return kept.effective;
+}
 
 using Key = std::tuple<const c10::StorageImpl*, const c10::StorageImpl*, at::ScalarType>;
 
@@ -100,7 +115,7 @@ class Memo {
   at::Tensor get(const EffectiveSources& f, at::ScalarType type) {
     const std::lock_guard lock(mutex_);
     const auto found = kept_.find(key(f.weight, f.o, type));
-    if (found != kept_.end() && is_fresh(found->second, f)) return found->second.effective;
+    if (found != kept_.end() && is_fresh(found->second, f)) return to_be_read(found->second);
     if (is_capturing(f.weight)) {
       auto effective = empty_effective(f, type);
       write_effective(effective, f);
@@ -131,7 +146,7 @@ class Memo {
     std::vector<at::Tensor> found;
     for (const auto type : kTypes) {
       const auto one = kept_.find(key(weight, o, type));
-      if (one != kept_.end()) found.push_back(one->second.effective);
+      if (one != kept_.end()) found.push_back(to_be_read(one->second));
     }
     return found;
   }
@@ -149,13 +164,22 @@ class Memo {
     }
     if (found == kept_.end()) {
       forget_the_dead();
-      found = kept_.emplace(key(f.weight, f.o, type), Kept{empty_effective(f, type), std::nullopt}).first;
+      found = kept_.emplace(key(f.weight, f.o, type), Kept{empty_effective(f, type), std::nullopt, {}}).first;
     }
-    found->second.stamps.reset();
-    write_effective(found->second.effective, f);
+    auto& kept = found->second;
+    kept.stamps.reset();
+    write_in_order(kept, f);
     // What a recorded graph writes is there after its replay, not now.
-    if (!is_capturing(f.weight)) found->second.stamps = stamps_of(f);
-    return found->second.effective;
+    if (!is_capturing(f.weight)) kept.stamps = stamps_of(f);
+    return kept.effective;
+  }
+
+  static void write_in_order(Kept& kept, const EffectiveSources& f) {
+    if (!has_order(kept.effective)) return write_effective(kept.effective, f);
+    DeviceStreams streams(kept.effective);
+    kept.order.before_write(streams);
+    write_effective(kept.effective, f);
+    kept.order.after_write(streams);
   }
 
   void forget_the_dead() {

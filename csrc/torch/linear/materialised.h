@@ -21,7 +21,8 @@ struct EffectiveSources {
 // weight) and by `type`; given as it is while all six sources are the same storages, views and versions, and else made
 // again in place. A source that was changed without torch's knowledge (through .data, by a replayed CUDA graph) does
 // not show: effective_refresh is for that. While a CUDA graph is recorded, a weight that is not up to date is made for
-// this call alone: each replay then makes it again, from what the sources hold by then.
+// this call alone: each replay then makes it again, from what the sources hold by then. A caller on another stream than
+// the one it was written on waits there for that, and a rewrite waits for what other streams have been given by then.
 at::Tensor effective_weight(const EffectiveSources& sources, at::ScalarType type);
 
 // Makes what is kept for these sources again, in every dtype it is kept in; in the weight's dtype if in none.

@@ -8,30 +8,25 @@ import torch
 from torch import Tensor, nn
 
 from osora import reference
-from osora.layers.base_weight import base_weight, dense_weight, is_quantised, oriented_weight
+from osora.layers.base_weight import (
+    base_weight,
+    dense_weight,
+    has_global_hooks,
+    has_hooks,
+    is_quantised,
+    oriented_weight,
+)
 from osora.layers.batch import RowAdapters
 from osora.layers.formulas import Basis, Deltas, Formula, leading
 from osora.layers.kept import KeepsBase, replace_values, uncast
 from osora.layers.materialised import Materialised
 from osora.layers.quantised import kind_of
 from osora.layers.read_weight import Place, read_weight
+from osora.layers.together import linear_together
 from osora.ops.materialised import linear_materialised, refresh
 from osora.svd.certificate import Decomposition
 
 DEFAULT = "default"  # the name of an adapter that was given none
-
-
-def has_hooks(module: nn.Module) -> bool:
-    """Whether calling the module does more than its product: hooks, or a layer around it, such as PEFT's LoRA."""
-    hooked: Any = (
-        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
-    )
-    return bool(hooked) or "forward" in module.__dict__ or "base_layer" in module._modules
-
-
-def _has_global_hooks() -> bool:
-    """Whether hooks on the calls of every module are registered; they see the base layer only where it is called."""
-    return bool(torch.nn.modules.module._has_any_global_hook())
 
 
 def adapted_linear(
@@ -56,7 +51,7 @@ def adapted_linear(
             kind.check_gradient(base)
         branch, y = nn.functional.dropout(x, dropout) if dropout > 0 else x, base(x)
         # hooks may keep y; autograd lets nobody write to a view that a function of Python's gave, as bitsandbytes' do
-        if hooked or _has_global_hooks() or (kind is not None and y._is_view()):
+        if hooked or has_global_hooks() or (kind is not None and y._is_view()):
             return y + formula.linear(branch, None, None, basis, deltas)
         return formula.add_(y, branch, basis, deltas)
     return formula.linear(x, oriented_weight(base), base.bias, basis, deltas)  # type: ignore[arg-type]
@@ -86,6 +81,7 @@ class AdaptedLinear(KeepsBase):
     S0: Tensor
     s: nn.Parameter  # every method has it
     place: Place = Place()
+    together: bool = False  # with the model's other layers, in a call of the model; see osora.set_execution
     _plan: str = "split"
     _materialised: Materialised | None = None
 
@@ -154,6 +150,8 @@ class AdaptedLinear(KeepsBase):
             return self._row_by_row(x, self.batch)
         if self.adapter is None:
             return self.base_layer(x)
+        if self.together and (y := linear_together(self, x)) is not None:
+            return y
         formula, deltas, basis = self.formula(self.adapter), self.deltas(self.adapter), self.basis()
         dropout = self.dropout if self.training else 0.0
         if self._materialised is None or dropout > 0 or has_hooks(self.base_layer):
@@ -258,15 +256,18 @@ class AdaptedLinear(KeepsBase):
         """The plan: "split" or "materialised"; see :func:`osora.set_execution`."""
         return self._plan
 
-    def set_execution(self, plan: str) -> None:
+    def set_execution(self, plan: str, together: bool = False) -> None:
         """Choose the plan.
 
         Raises:
-            ValueError: no such plan, or the active adapter's method does not have it.
+            ValueError: no such plan, or the active adapter's method does not have it; together under another than
+                "split".
             TypeError: parameters that are not plain ones.
         """
         if plan not in ("split", "materialised"):
             raise ValueError(f'an execution plan is "split" or "materialised", got {plan!r}')
+        if together and plan != "split":
+            raise ValueError(f"together=True is the split plan's, got {plan!r}")
         if plan == "materialised" and is_quantised(self.base_layer):
             raise ValueError("the materialised plan needs a base that is not quantised: leave it on the split plan")
         if plan == "materialised" and self.adapter is not None and not self._can_materialise():
@@ -275,7 +276,7 @@ class AdaptedLinear(KeepsBase):
                 f"{self.formula(self.adapter)}: leave it on the split plan"
             )
         self._materialised = self._watch(plan)
-        self._plan = plan
+        self._plan, self.together = plan, together
 
     def _can_materialise(self) -> bool:
         return self.adapter is not None and self.formula(self.adapter).standard
@@ -384,4 +385,6 @@ class AdaptedLinear(KeepsBase):
             parts.append("disabled")
         if self._materialised is not None:
             parts.append("execution=materialised")
+        if self.together:
+            parts.append("together")
         return ", ".join(parts)

@@ -4,7 +4,7 @@
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from osora.layers.quantised import AsItWas, kind_of
 
@@ -64,3 +64,16 @@ def dense_weight(module: Any) -> Tensor:
     """[out_features, in_features]: the weight itself; of a quantised one what it stands for, a new tensor."""
     kind = kind_of(module)
     return oriented_weight(module) if kind is None else kind.dense(module)
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Whether calling the module does more than its product: hooks, or a layer around it, such as PEFT's LoRA."""
+    hooked: Any = (
+        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    )
+    return bool(hooked) or "forward" in module.__dict__ or "base_layer" in module._modules
+
+
+def has_global_hooks() -> bool:
+    """Whether hooks on the calls of every module are registered; they see the base layer only where it is called."""
+    return bool(torch.nn.modules.module._has_any_global_hook())

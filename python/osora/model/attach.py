@@ -28,6 +28,7 @@ from osora.model.state import (
     state_of,
 )
 from osora.model.targets import Target, find_targets, uncompiled
+from osora.model.together import follow_calls
 from osora.svd.certificate import Unconverged
 
 
@@ -149,6 +150,7 @@ def detach(model: nn.Module, *, merged: bool = False) -> nn.Module:
                 layer.unmerge()
     unwrap(model, all_layers(model).values())
     allow_packing(state.in_order)
+    follow_calls(model)
     forget(model)
     for name, parameter in uncompiled(model).named_parameters():
         parameter.requires_grad_(state.required_grad.get(name, parameter.requires_grad))

@@ -8,9 +8,12 @@ from torch import nn
 from osora.config import names_or_regex
 from osora.model.state import adapted_layers, state_of
 from osora.model.targets import name_matches
+from osora.model.together import follow_calls
 
 
-def set_execution(model: nn.Module, plan: str, layers: str | Iterable[str] | None = None) -> nn.Module:
+def set_execution(
+    model: nn.Module, plan: str, layers: str | Iterable[str] | None = None, *, together: bool = False
+) -> nn.Module:
     """Choose how adapted layers compute; it changes no parameter and no file (docs/performance.md).
 
     "split", the default, adds the adapter's branch to the base's product: right at every size of the adapter, and no
@@ -24,17 +27,24 @@ def set_execution(model: nn.Module, plan: str, layers: str | Iterable[str] | Non
     autocast's dtype. A merged or disabled layer does not use it, nor a batch of :func:`osora.adapters_in_batch`, nor a
     layer whose active adapter's method does not have this plan (SORSA). Parameters that FSDP replaces are refused.
 
+    ``together=True``, of the split plan: within one forward of ``model`` itself, D of all these layers is folded at
+    once when the first of them needs it, and kept for the backward, ``d r`` numbers a layer; and layers of one parent
+    that are given the same x (q, k and v, say) get their ``x V`` from one product. The same function; a layer that
+    cannot take part (another method, quantised, dropout, hooks) and one that is called outside of such a forward, as
+    activation checkpointing does, computes on its own. Compiled and traced models do not change.
+
     Args:
         model: a model with an adapter.
         plan: "split" or "materialised".
         layers: names that layer names end in, or one regular expression for whole names; None for every adapted layer.
+        together: see above. Layers that come to the model later are not part of it.
 
     Returns:
         ``model`` itself.
 
     Raises:
-        ValueError: no adapter, an unknown plan, one that the active adapter's method does not have, or no layer of that
-            name.
+        ValueError: no adapter, an unknown plan, one that the active adapter's method does not have, together with
+            "materialised", or no layer of that name.
         TypeError: a parameter that is no plain ``torch.nn.Parameter``, such as those of FSDP2, naming the layer.
     """
     state_of(model)
@@ -46,16 +56,17 @@ def set_execution(model: nn.Module, plan: str, layers: str | Iterable[str] | Non
             raise ValueError(
                 f"no adapted layer matches layers={layers!r}; the first is {next(iter(adapted_layers(model)))}"
             )
-    before = {name: layer.execution for name, layer in chosen.items()}
+    before = {name: (layer.execution, layer.together) for name, layer in chosen.items()}
     for name, layer in chosen.items():
         try:
-            layer.set_execution(plan)
+            layer.set_execution(plan, together)
         except (TypeError, ValueError) as error:
             for earlier, old in before.items():
                 if earlier == name:
                     break
-                chosen[earlier].set_execution(old)
+                chosen[earlier].set_execution(*old)
             raise type(error)(f"{name}: {error}") from error
+    follow_calls(model)
     return model
 
 

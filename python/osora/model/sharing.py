@@ -9,6 +9,7 @@ from torch import nn
 from osora.layers.quantised import keep_order
 from osora.model.state import all_layers, forget, state_of
 from osora.model.targets import uncompiled
+from osora.model.together import follow_calls
 
 
 def share_base(model: nn.Module) -> nn.Module:
@@ -58,6 +59,7 @@ def share_base(model: nn.Module) -> nn.Module:
     if layers:
         required = state_of(model).required_grad
         forget(other)
+        follow_calls(other)
         for name, parameter in uncompiled(other).named_parameters():
             parameter.requires_grad_(required.get(name, parameter.requires_grad))
     return other

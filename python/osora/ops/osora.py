@@ -5,6 +5,7 @@
 """
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -36,6 +37,12 @@ def _(U: Tensor, S0: Tensor, s: Tensor, o: Tensor) -> Tensor:
     return U.new_empty(U.shape)
 
 
+@torch.library.register_fake("osora::fold_many")
+def _(U: Sequence[Tensor], S0: Sequence[Tensor], s: Sequence[Tensor], o: Sequence[Tensor]) -> list[Tensor]:
+    one_device("fold_many", *U, *S0, *s, *o)
+    return [u.new_empty(u.shape) for u in U]
+
+
 @torch.library.register_fake("osora::fold_backward")
 def _(U: Tensor, P: Tensor, S0: Tensor, s: Tensor, o: Tensor, need_s: bool, need_o: bool) -> tuple[Tensor, Tensor]:
     one_device("fold_backward", U, P, S0, s, o)
@@ -59,9 +66,17 @@ def _(x: Tensor, V: Tensor) -> Tensor:
 
 @torch.library.register_fake("osora::up")
 def _(
-    x: Tensor, h: Tensor, weight: Tensor | None, bias: Tensor | None, U: Tensor, S0: Tensor, s: Tensor, o: Tensor
+    x: Tensor,
+    h: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    U: Tensor,
+    S0: Tensor,
+    s: Tensor,
+    o: Tensor,
+    D: Tensor | None = None,
 ) -> Tensor:
-    one_device("up", x, h, weight, bias, U, S0, s, o)
+    one_device("up", x, h, weight, bias, U, S0, s, o, D)
     return x.new_empty((*x.shape[:-1], U.shape[0]))
 
 
@@ -78,8 +93,9 @@ def _(
     need_x: bool,
     need_s: bool,
     need_o: bool,
+    D: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    one_device("linear_backward", dy, h, weight, U, V, S0, s, o)
+    one_device("linear_backward", dy, h, weight, U, V, S0, s, o, D)
     sums = reference.accumulate_dtype(dy.dtype)
     dx = dy.new_empty((*dy.shape[:-1], V.shape[0]) if need_x else (0,))
     ds = dy.new_empty(U.shape[1] if need_s else 0, dtype=sums)
@@ -116,6 +132,20 @@ def _fold_gradient(ctx: Any, dD: Tensor) -> tuple[Tensor | None, ...]:
 
 
 torch.library.register_autograd("osora::fold", _fold_gradient, setup_context=_fold_setup)
+
+
+def _fold_many_setup(ctx: Any, inputs: tuple, output: list[Tensor]) -> None:
+    raise RuntimeError(
+        "osora::fold_many has no derivative, and an input requires a gradient: call it under torch.no_grad() or with "
+        "detached tensors; osora.ops.fold of each layer is differentiable in s and o"
+    )
+
+
+def _fold_many_gradient(ctx: Any, *dD: Any) -> None:
+    raise AssertionError("the set-up raises")
+
+
+torch.library.register_autograd("osora::fold_many", _fold_many_gradient, setup_context=_fold_many_setup)
 
 
 def _linear_save(ctx: Any, inputs: tuple, h: Tensor) -> None:
@@ -214,6 +244,27 @@ def fold(U: Tensor, S0: Tensor, s: Tensor, o: Tensor) -> Tensor:
     return reference.fold(U, S0, s, o) if is_transformed() else _ops.fold(U, S0, s, o)
 
 
+def fold_many(U: Sequence[Tensor], S0: Sequence[Tensor], s: Sequence[Tensor], o: Sequence[Tensor]) -> list[Tensor]:
+    """:func:`fold` of many layers at once, bit for bit: one launch on a card, one parallel loop on a CPU.
+
+    Args:
+        U: left singular vectors, [d, r] of any shapes, of one dtype and on one device.
+        S0: singular values, [r] each.
+        s: changes of the singular values, [r] each.
+        o: changes of the output scales, [d] each.
+
+    Returns:
+        D of each layer, [d, r] in U's dtype.
+
+    Raises:
+        RuntimeError: lists of different lengths; a wrong shape, dtype or device, naming the layer by its place and the
+            argument; an input requires a gradient and gradients are enabled (there is none: use :func:`fold`).
+    """
+    if not any((U, S0, s, o)):  # torch finds an operator's device by its tensors
+        return []
+    return _ops.fold_many(U, S0, s, o)
+
+
 def linear(
     x: Tensor,
     weight: Tensor | None,
@@ -310,6 +361,7 @@ def linear_add_(y: Tensor, x: Tensor, U: Tensor, V: Tensor, S0: Tensor, s: Tenso
 
 serve_by_reference(
     reference.fold,
+    reference.fold_many,
     reference.fold_backward,
     reference.linear,
     reference.down,

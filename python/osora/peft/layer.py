@@ -13,8 +13,15 @@ from torch import Tensor, nn
 
 from osora import reference
 from osora.files.format import Description
-from osora.layers.adapted import adapted_linear, has_hooks
-from osora.layers.base_weight import base_weight, dense_weight, is_conv1d, is_quantised, oriented_weight
+from osora.layers.adapted import adapted_linear
+from osora.layers.base_weight import (
+    base_weight,
+    dense_weight,
+    has_hooks,
+    is_conv1d,
+    is_quantised,
+    oriented_weight,
+)
 from osora.layers.batch import RowAdapters
 from osora.layers.formulas import Basis, Formula
 from osora.layers.kept import KeepsBase, replace_values, uncast
