@@ -70,7 +70,6 @@ def unwrap(model: nn.Module, layers: Iterable[AdaptedLinear]) -> None:
             _replace(model, [name], module.base_layer)
 
 
-@torch.inference_mode(False)
 def attach(
     model: nn.Module,
     config: AdapterConfig | None = None,
@@ -105,6 +104,20 @@ def attach(
         TypeError: a quantised or integer weight.
         osora.ConvergenceError: see ``unconverged``.
     """
+    serving = torch.is_inference_mode_enabled()
+    with torch.inference_mode(False):  # what is made here is to be trained, whatever the mode around it
+        return _attach(model, config, name, max_memory, unconverged, progress, serving)
+
+
+def _attach(
+    model: nn.Module,
+    config: AdapterConfig | None,
+    name: str,
+    max_memory: int | None,
+    unconverged: Unconverged,
+    progress: bool | None,
+    serving: bool,
+) -> nn.Module:
     config = OsoraConfig() if config is None else config
     formula = formula_of(config)
     refuse_if_adapted(model)
@@ -113,7 +126,7 @@ def attach(
     targets = find_targets(model, config)
     for target in targets:
         weight: Any = target.module.weight
-        if weight.is_inference():
+        if weight.is_inference() and not serving:
             raise ValueError(
                 f"{target.name}.weight was made within torch.inference_mode(), and nothing can be trained on it: load "
                 "the model outside of it (torch.no_grad() serves as well)"
