@@ -7,7 +7,7 @@ except ImportError as error:
     raise ImportError('osora.peft needs PEFT 0.18 or newer: pip install "peft>=0.18"') from error
 
 from osora.peft.config import OsoraConfig, SorsaConfig
-from osora.peft.layer import OsoraLinear, SorsaLinear
+from osora.peft.linears import OsoraLinear, SorsaLinear
 from osora.peft.model import OsoraModel, SorsaModel
 from osora.peft.registry import register
 from osora.peft.reloading import check_reloading

@@ -376,24 +376,6 @@ class AdapterLayer(KeepsBase, BaseTunerLayer):
         return f"in_features={self.in_features}, out_features={self.out_features}, rank={ranks}{merged}"
 
 
-class OsoraLinear(AdapterLayer):
-    """With OSoRA adapters: ``ΔW = D Vᵀ``, ``D = U ⊙ (o (S0 + s) + s)``."""
-
-    method = "osora"
-    trained = ("o", "s")
-    adapter_layer_names = ("osora_o", "osora_s")
-    other_param_names = ("osora_S0", "osora_U", "osora_V")
-
-
-class SorsaLinear(AdapterLayer):
-    """With SORSA adapters: ``ΔW = U diag(S) Vᵀ − U0 diag(S0) V0ᵀ``; trained are u, s and v, the changes."""
-
-    method = "sorsa"
-    trained = ("u", "s", "v")
-    adapter_layer_names = ("sorsa_u", "sorsa_s", "sorsa_v")
-    other_param_names = ("sorsa_S0", "sorsa_U", "sorsa_V")
-
-
 def layers_of(model: nn.Module, adapter: str) -> dict[str, AdapterLayer]:
     """Name → layer that an adapter is in, in the model's order."""
     return {
@@ -403,4 +385,4 @@ def layers_of(model: nn.Module, adapter: str) -> dict[str, AdapterLayer]:
     }
 
 
-__all__ = ["Adapter", "AdapterLayer", "OsoraLinear", "SorsaLinear", "layers_of"]
+__all__ = ["Adapter", "AdapterLayer", "layers_of"]
