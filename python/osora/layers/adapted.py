@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from osora import reference
 from osora.layers.base_weight import base_weight, dense_weight, is_quantised, oriented_weight
 from osora.layers.batch import RowAdapters
-from osora.layers.formulas import Basis, Deltas, Formula, leading
+from osora.layers.formulas import Basis, Deltas, Formula, leading, owned
 from osora.layers.kept import KeepsBase, replace_values, uncast
 from osora.layers.materialised import Materialised
 from osora.layers.quantised import kind_of
@@ -107,9 +107,9 @@ class AdaptedLinear(KeepsBase):
         self.batch: RowAdapters | None = None  # within osora.adapters_in_batch
         exact, device = reference.accumulate_dtype(weight.dtype), weight.device
         # contiguous: the operator reads both row by row, and safetensors stores nothing else
-        self.register_buffer("U", factors.U.detach().to(device, weight.dtype).contiguous())
-        self.register_buffer("V", factors.V.detach().to(device, weight.dtype).contiguous())
-        self.register_buffer("S0", factors.S.detach().to(device, exact))
+        self.register_buffer("U", owned(factors.U.detach().to(device, weight.dtype)))
+        self.register_buffer("V", owned(factors.V.detach().to(device, weight.dtype)))
+        self.register_buffer("S0", owned(factors.S.detach().to(device, exact)))
         self._formulas: dict[str, Formula] = {adapter: formula}
         for kind, shape in formula.shapes(self.out_features, self.in_features, factors.S.numel()).items():
             zeros = torch.zeros(shape, dtype=exact, device=device)
