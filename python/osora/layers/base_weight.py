@@ -34,9 +34,17 @@ def is_conv1d(module: Any) -> bool:
 
 
 def oriented_weight(module: Any) -> Tensor:
-    """The weight of a layer that is not quantised, as [out_features, in_features]: a view for ``Conv1D``."""
+    """The weight of a layer that is not quantised, as [out_features, in_features]: a view for ``Conv1D``.
+
+    Raises:
+        ValueError: the layer was exchanged for one whose weight is no tensor.
+    """
     weight = module.weight
-    assert isinstance(weight, Tensor)
+    if not isinstance(weight, Tensor):
+        raise ValueError(
+            f"the base layer is a {type(module).__module__}.{type(module).__qualname__}, whose weight is no tensor: it "
+            "was exchanged after the adapter had come (quantize_dynamic does so): put the layer back, or detach first"
+        )
     return weight.t() if is_conv1d(module) else weight
 
 

@@ -41,7 +41,12 @@ class KeepsBase(nn.Module):
             self.base_kept.append(kind.replace(self.base_layer, total))
             return
         own = self.base_kept[0].weight if self.base_kept else self.base_layer.weight
-        assert isinstance(own, nn.Parameter)
+        if not isinstance(own, nn.Parameter):
+            raise ValueError(
+                "the base weight is computed anew in each forward (by prune, weight_norm or parametrize, after the "
+                "adapter had come), so that nothing can be merged into it: make it a parameter again, by prune.remove, "
+                "remove_weight_norm or remove_parametrizations"
+            )
         merged = total.to(own.dtype)
         if not bool(merged.isfinite().all()):
             raise ValueError(f"merging gives NaN or infinite weights in {own.dtype}")
