@@ -330,7 +330,7 @@ def test_a_diverged_adapter_is_not_saved(bad, saved):
     model = adapted()
     list(adapted_layers(model).values())[-1].o.data[2] = bad
     before = [(saved / name).read_bytes() for name in FILES]
-    with pytest.raises(ValueError, match=rf"{DOWN}\.o has NaN or infinite values; the adapter is not saved"):
+    with pytest.raises(ValueError, match=rf"{DOWN}\.o has NaN or infinite values: the adapter is not saved"):
         save_adapter(model, saved)
     assert [(saved / name).read_bytes() for name in FILES] == before
 

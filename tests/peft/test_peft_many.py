@@ -21,7 +21,7 @@ pytestmark = quiet
 def three(make=tiny_llama) -> nn.Module:
     """Two that share a basis, and one of a larger rank that has its own."""
     model = adapted(make, r=6)
-    model.add_adapter("small", OsoraConfig(r=3, tol=1e-4, target_modules=["q_proj", "v_proj", "up_proj", "c_attn"]))
+    model.add_adapter("small", OsoraConfig(r=3, tol=1e-4, target_modules=r".*\.(q_proj|v_proj|up_proj|c_attn)"))
     model.add_adapter("large", OsoraConfig(r=9, tol=1e-4))
     return move(move(model, "small", 0.2), "large", 0.2)
 

@@ -54,6 +54,7 @@ MAY_NEED = {
     "analysis.plots": {"matplotlib"},
     "layers.quantised": {"bitsandbytes"},
     "files.card": {"huggingface_hub"},
+    "files.renamed": {"transformers"},  # whose names of a checkpoint's tensors nobody else knows
 }
 
 MODULES = {
@@ -410,3 +411,28 @@ def test_every_file_starts_with_its_licence():
 def test_no_big_files():
     for path in licensed_files():
         assert path.stat().st_size < 1_000_000, path.relative_to(ROOT)
+
+
+# -- errors ----------------------------------------------------------------------------------------------------------
+
+# What an assert may be for: to tell the type checker what the lines before it have made sure of.
+SURE = {
+    ("files.adapter", "found is not None"),  # a layer without a basis has been decomposed, or read
+    ("files.merge", "len(new) == stored.end - stored.begin"),  # same shape, and the dtype that was read
+    ("layers.quantised", "isinstance(weight, Tensor)"),  # of a bitsandbytes layer, by its class
+    ("layers.adapted", "self.adapter is not None"),  # it has a materialised weight
+    ("ops.ablations", "g is not None"),
+    ("ops.sorsa", "inputs[0] is not None"),  # x, which the schema asks for
+    ("peft.layer", "self.batch is not None"),  # asked by the caller
+    ("peft.loading", "description is not None"),  # asked by the callers
+}
+
+
+def test_no_assert_speaks_to_users():
+    found = {
+        (module, ast.unparse(node.test))
+        for module, path in MODULES.items()
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.Assert)
+    }
+    assert found == SURE, "an error that a user can meet is raised, with words"

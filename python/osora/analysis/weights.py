@@ -36,8 +36,9 @@ class Weights(Mapping[str, Tensor]):
             what = "the mapping holds no matrices named *.weight"
         else:
             folder = BaseFolder(source)
-            keys = (key for key, at in folder.tensors.items() if key.endswith(".weight") and len(at.shape) == 2)
-            self._get = {module_name(key): partial(folder.tensor, key) for key in keys}
+            keys = [(name, key) for name, key in folder.as_in_model().items() if name.endswith(".weight")]
+            matrices = [(name, key) for name, key in keys if len(folder.tensors[key].shape) == 2]
+            self._get = {module_name(name): partial(folder.tensor, key) for name, key in matrices}
             what = f"{source} holds no matrices named *.weight"
         if not self._get:
             raise ValueError(what)

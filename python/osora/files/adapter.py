@@ -19,15 +19,26 @@ from torch import Tensor, nn
 
 from osora.config import AdapterConfig
 from osora.files.card import keep_card
-from osora.files.evidence import check_bases, check_rebuilt, check_shared, check_stored, describe
-from osora.files.format import CONFIG_FILE, FILE_METHODS, AdapterError, Description, read_adapter, write_adapter
+from osora.files.evidence import (
+    check_bases,
+    check_describable,
+    check_finite,
+    check_rebuilt,
+    check_shared,
+    check_stored,
+    describe,
+)
+from osora.files.format import CONFIG_FILE, FILE_METHODS, AdapterError, Description, write_adapter
 from osora.files.info import config_of, info_of
+from osora.files.readback import read_back
+from osora.files.tensors import read_adapter
 from osora.layers.adapted import DEFAULT, AdaptedLinear
 from osora.layers.base_weight import base_weight
 from osora.layers.formulas import formula_of
 from osora.layers.linears import make_layer
 from osora.model.attach import install, install_beside
 from osora.model.decompose import decompose_targets
+from osora.model.fresh import CURE, fresh_parts, warn_of_fresh
 from osora.model.state import (
     AdapterState,
     adapted_layers,
@@ -129,9 +140,8 @@ def save_adapter(
         if save_basis:
             U, V, _ = layer.basis(values["S0"].numel())
             values |= {"U": U, "V": V}
+        check_finite(module, values)
         for kind, value in values.items():
-            if not bool(value.isfinite().all()):
-                raise ValueError(f"{module}.{kind} has NaN or infinite values; the adapter is not saved")
             tensors[method.key(module, kind)] = value.detach().to("cpu").contiguous()
     if not save_basis and state.config.tol > 1e-4:
         warnings.warn(
@@ -143,6 +153,8 @@ def save_adapter(
         )
     with ThreadPoolExecutor(max(1, torch.get_num_threads())) as pool:  # hashing leaves the interpreter's lock
         modules = list(pool.map(lambda item: _describe(item[0], item[1], adapter), layers.items()))
+    for described in modules:
+        check_describable(described)
     description = Description(
         Path(folder, CONFIG_FILE),
         method,
@@ -150,7 +162,7 @@ def save_adapter(
         save_basis,
         {module["name"]: module for module in modules},
     )
-    write_adapter(Path(folder), tensors, description.contents())
+    write_adapter(Path(folder), tensors, description.contents(), read_back)
     keep_card(info_of(Path(folder), description, state.config))
 
 
@@ -263,7 +275,8 @@ def load_adapter(
     config = config_of(description)
     formula = formula_of(config)
     targets = _find_targets(model, modules, config)
-    check_bases(list(modules.values()), [target.module for target in targets])
+    warn_of_fresh(fresh_parts(model), CURE, stacklevel=4)
+    check_bases(list(modules.values()), [target.module for target in targets], stacklevel=4)
 
     wanting = [t for t in targets if not _has_basis(there.get(id(t.module)), modules[t.name]["rank"])]
     if description.save_basis:

@@ -10,7 +10,7 @@ import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from osora.files import fingerprint
 from osora.files.format import AdapterError
 from osora.files.info import AdapterInfo, SavedModule
+from osora.files.renamed import Renamed, renamed
 
 SINGLE = "model.safetensors"
 INDEX_SUFFIX = ".safetensors.index.json"
@@ -139,41 +140,72 @@ class BaseFolder:
         found = _json(path) if path.is_file() else {}
         return found if isinstance(found, dict) else {}
 
+    def as_in_model(self) -> dict[str, str]:
+        """The name in its model, as transformers makes it → the name here, of all tensors that are kept as they are."""
+        rules = renamed(self.folder, self.tensors)
+        sources = {*rules.keys.values(), *(key for keys in rules.made.values() for key in keys)}
+        return rules.keys | {key: key for key in self.tensors if key not in sources}
+
     # -- an adapter's modules --
 
-    def _fits(self, module: SavedModule, key: str) -> bool:
+    def _fits(self, module: SavedModule, key: str | None) -> bool:
         wanted = (module.out_features, module.in_features)
-        stored = self.tensors.get(key)
+        stored = self.tensors.get(key or "")
         return stored is not None and stored.shape in (wanted, wanted[::-1])
 
-    def _keys(self, modules: tuple[SavedModule, ...]) -> dict[str, str]:
-        """Module name → tensor name. A checkpoint may lack the prefix of the model's names, or have one more."""
+    def _mappings(self, modules: tuple[SavedModule, ...], known: Mapping[str, str]) -> list[dict[str, str]]:
+        """Module name → tensor name, in each way that fits; ``known`` are tensors' names, as the model has them."""
         names = [module.name for module in modules]
         exact = {name: f"{name}.weight" for name in names}
-        if all(key in self.tensors for key in exact.values()):
-            return exact
+        if all(key in known for key in exact.values()):
+            return [{name: known[key] for name, key in exact.items()}]
         found: set[tuple[str, str]] = set()
         first = names[0].split(".")
         for dropped in range(len(first)):
             old, rest = "".join(f"{part}." for part in first[:dropped]), ".".join(first[dropped:]) + ".weight"
             if not all(name.startswith(old) for name in names):
                 break
-            for key in self.tensors:
+            for key in known:
                 if key != rest and not key.endswith(f".{rest}"):
                     continue
                 new = key.removesuffix(rest)
-                if all(self._fits(m, f"{new}{m.name.removeprefix(old)}.weight") for m in modules):
+                if all(self._fits(m, known.get(f"{new}{m.name.removeprefix(old)}.weight")) for m in modules):
                     found.add((old, new))
-        mappings = [{name: f"{new}{name.removeprefix(old)}.weight" for name in names} for old, new in sorted(found)]
-        different = [m for i, m in enumerate(mappings) if m not in mappings[:i]]
+        mappings = [
+            {name: known[f"{new}{name.removeprefix(old)}.weight"] for name in names} for old, new in sorted(found)
+        ]
+        return [m for i, m in enumerate(mappings) if m not in mappings[:i]]
+
+    def _keys(self, modules: tuple[SavedModule, ...]) -> dict[str, str]:
+        """Module name → tensor name. A checkpoint may lack the prefix of the model's names, or have one more.
+
+        Where that finds nothing, transformers is asked how it renames the checkpoint's tensors.
+        """
+        different = self._mappings(modules, {key: key for key in self.tensors})
+        if not different:
+            rules = renamed(self.folder, self.tensors)
+            different = self._mappings(modules, rules.keys)
+            if not different:
+                self._refuse(modules, rules)
         if len(different) == 1:
             return different[0]
-        if different:
-            raise AdapterError(
-                f"{self.folder} has several sets of weights for the adapter's modules: {names[0]} could be "
-                + " or ".join(m[names[0]] for m in different)
-            )
-        missing = next(name for name, key in exact.items() if key not in self.tensors)
+        first = modules[0].name
+        raise AdapterError(
+            f"{self.folder} has several sets of weights for the adapter's modules: {first} could be "
+            + " or ".join(m[first] for m in different)
+        )
+
+    def _refuse(self, modules: tuple[SavedModule, ...], rules: Renamed) -> NoReturn:
+        for module in modules:
+            for key, sources in rules.made.items():
+                if f".{key}".endswith(f".{module.name}.weight"):
+                    raise AdapterError(
+                        f"the adapter is for {module.name}, whose weight transformers computes from "
+                        f"{', '.join(sources[:3])} of {self.folder} as it loads: save the model anew with "
+                        "model.save_pretrained(folder, save_original_format=False), and take that folder"
+                    )
+        known = self.tensors.keys() | rules.keys.keys()
+        missing = next((m.name for m in modules if f"{m.name}.weight" not in known), modules[0].name)
         raise AdapterError(f"the adapter is for {missing}, and {self.folder} has no weight of that name")
 
     def _orientation(self, module: SavedModule, key: str) -> bool:

@@ -87,6 +87,27 @@ def describe(
     }
 
 
+def check_finite(name: str, tensors: Mapping[str, Tensor]) -> None:
+    """Raise ValueError for NaN or infinite values in tensors of a module (of the model, if it has no name), by kind."""
+    for kind, tensor in tensors.items():
+        if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
+            where = f"{name}.{kind}" if name else kind
+            raise ValueError(f"{where} has NaN or infinite values: the adapter is not saved")
+
+
+def check_describable(described: Mapping[str, Any]) -> None:
+    """Raise ValueError for an entry that no file can hold: finite tensors whose products are not."""
+    for key, cause in (
+        ("weight_sketch", "its base weight has NaN or infinite values"),
+        ("basis_sketch", "its basis overflows"),
+        ("delta_sketch", "its change of the weight overflows"),
+        ("max_residual", "its decomposition is not finite"),
+    ):
+        numbers = described[key] if isinstance(described[key], list) else [described[key]]
+        if not all(math.isfinite(number) for number in numbers):
+            raise ValueError(f"{described['name']}: {cause}: the adapter is not saved")
+
+
 def certificate_of(described: Mapping[str, Any]) -> Certificate:
     """The certificate in a module's entry."""
     return Certificate(**{field: described[field] for field in Certificate._fields})
@@ -123,7 +144,7 @@ def _check_base(described: Mapping[str, Any], base: Base) -> str | None:
     return None if same and weight.quantization else f"{then} then, {weight.stored} now"
 
 
-def check_bases(described: Sequence[Mapping[str, Any]], bases: Sequence[Base], stacklevel: int = 3) -> None:
+def check_bases(described: Sequence[Mapping[str, Any]], bases: Sequence[Base], stacklevel: int) -> None:
     """Raise AdapterError unless each base is that of its module's description; warn of those in another dtype.
 
     Args:
@@ -222,4 +243,13 @@ def check_shared(
     )
 
 
-__all__ = ["certificate_of", "check_bases", "check_rebuilt", "check_shared", "check_stored", "describe"]
+__all__ = [
+    "certificate_of",
+    "check_bases",
+    "check_describable",
+    "check_finite",
+    "check_rebuilt",
+    "check_shared",
+    "check_stored",
+    "describe",
+]

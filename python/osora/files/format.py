@@ -9,20 +9,17 @@ import json
 import math
 import os
 import sys
-from collections.abc import Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
 from osora.files import fingerprint
-from osora.files.whole import finish, temporary_beside
+from osora.files.whole import finish, temporary_beside, why_unreadable
 from osora.reference import FLOATS
 
 FORMAT_VERSION = 2
@@ -63,6 +60,11 @@ class Method:
     def key(self, module: str, kind: str) -> str:
         """The name of a tensor in the file."""
         return f"{_ROOT}{module}.{self.name}_{kind}" + (".weight" if kind in self.trained else "")
+
+    @staticmethod
+    def other_key(name: str) -> str:
+        """The name in the file of a tensor that is no method's: a whole module's, a bias, an embedding."""
+        return f"{_ROOT}{name}"
 
 
 FILE_METHODS = {method.name: method for method in (Method("osora", ("o", "s")), Method("sorsa", ("u", "s", "v")))}
@@ -109,11 +111,17 @@ class Description:
     options: dict[str, Any]  # what is beside the block: the method's options, and PEFT's
     save_basis: bool
     modules: dict[str, dict[str, Any]]  # by name, in the file's order
+    others: tuple[str, ...] | None = None  # the file's further tensors by name: whole modules, rows, embeddings
 
     @property
     def kinds(self) -> tuple[str, ...]:
         """The kinds of tensors that the file has of each module."""
         return self.method.values + (BASIS if self.save_basis else ())
+
+    @property
+    def other_names(self) -> frozenset[str]:
+        """The names of :attr:`others` in the model."""
+        return frozenset(key.removeprefix(_ROOT) for key in self.others or ())
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Every tensor of the method and its shape, by its name in the file."""
@@ -129,21 +137,14 @@ class Description:
     def contents(self) -> dict[str, Any]:
         """What the file says."""
         modules = list(self.modules.values())
-        block = {"format_version": FORMAT_VERSION, "save_basis": self.save_basis, "modules": modules}
-        return self.options | {BLOCK: block}
+        block: dict[str, Any] = {"format_version": FORMAT_VERSION, "save_basis": self.save_basis}
+        others = {"others": list(self.others)} if self.others else {}
+        return self.options | {BLOCK: block | others | {"modules": modules}}
 
     def extras(self) -> dict[str, Any]:
         """The options in force that stand for tensors of PEFT's own: trained biases, whole modules, tokens."""
         found = {key: self.options.get(key, unset) for key, unset in PEFT_EXTRAS.items()}
         return {key: value for key, value in found.items() if value != PEFT_EXTRAS[key] and value not in (None, [], {})}
-
-
-@dataclass(frozen=True)
-class SavedAdapter:
-    """Both files, read and checked: module name → kind → tensor."""
-
-    description: Description
-    tensors: dict[str, dict[str, Tensor]]
 
 
 # -- read ------------------------------------------------------------------------------------------------------------
@@ -219,7 +220,10 @@ def described(config: Mapping[str, Any], path: Path) -> Description:
     modules = {module["name"]: module for module in block["modules"]}
     if len(modules) != len(block["modules"]):
         raise AdapterError(f"{path}: a module is listed twice")
-    return Description(path, method, options, block["save_basis"], modules)
+    others = block.get("others")
+    if others is not None and not (isinstance(others, list) and all(isinstance(key, str) for key in others)):
+        raise AdapterError(f"{path}: others is no list of tensors' names")
+    return Description(path, method, options, block["save_basis"], modules, None if others is None else tuple(others))
 
 
 def _check_module(path: Path, module: Any) -> None:
@@ -258,91 +262,6 @@ def method_options(description: Description, known: set[str]) -> dict[str, Any]:
     return own
 
 
-def check_shapes(path: Path, description: Description, found: Mapping[str, tuple[int, ...]]) -> None:
-    """Raise AdapterError unless the file has the tensors that its description implies, in their shapes, and no other.
-
-    Others are allowed where an option of PEFT stands for them (``modules_to_save``, ``bias``, ...).
-    """
-    shapes = description.shapes()
-    if missing := sorted(set(shapes) - set(found)):
-        raise AdapterError(f"{path} lacks {len(missing)} tensors, the first of which is {missing[0]}")
-    extra = sorted(set(found) - set(shapes))
-    if extra and not description.extras():
-        raise AdapterError(f"{path} has {len(extra)} tensors {CONFIG_FILE} does not name, the first is {extra[0]}")
-    for key, shape in shapes.items():
-        if tuple(found[key]) != shape:
-            raise AdapterError(f"{path}: {key} must have shape {list(shape)}, got {list(found[key])}")
-
-
-@contextmanager
-def opened(path: Path) -> Iterator[Any]:
-    """The safetensors file, open. Raises FileNotFoundError, or AdapterError if it is none."""
-    if not path.is_file():
-        pickled = path.with_suffix(".bin")
-        why = f"; {pickled.name} is a pickle, which osora never reads" if pickled.is_file() else ""
-        raise FileNotFoundError(f"{path} does not exist, though {CONFIG_FILE} does{why}")
-    try:
-        with safe_open(path, framework="pt") as file:
-            yield file
-    except (SafetensorError, OSError) as error:
-        raise AdapterError(f"{path} is damaged, or no safetensors file: {error}") from error
-
-
-def check_header(folder: str | os.PathLike[str], description: Description) -> None:
-    """Raise as :func:`read_adapter` does for names and shapes, of the file's header alone: no tensor is read."""
-    path = Path(folder) / TENSOR_FILE
-    with opened(path) as file:
-        found = {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}
-    check_shapes(path, description, found)
-
-
-def check_values(description: Description, name: str, tensors: Mapping[str, Tensor], where: Path | str) -> None:
-    """Raise AdapterError unless a module's tensors are floating-point, finite, and those that were saved."""
-    item = description.modules[name]
-    for kind, tensor in tensors.items():
-        key = description.method.key(name, kind)
-        if tensor.dtype not in FLOATS or not bool(tensor.isfinite().all()):
-            raise AdapterError(
-                f"{where}: {key} must hold finite floating-point values of 16 bits or more ({tensor.dtype})"
-            )
-    for field, kinds in (("values_sha256", description.method.values), ("basis_sha256", BASIS)):
-        here = {kind: tensors[kind] for kind in kinds if kind in tensors}
-        if here and fingerprint.tensors_digest(here, name) != item[field]:
-            raise AdapterError(
-                f"{where}: {', '.join(here)} of {name} are damaged, or not those that {CONFIG_FILE} was written with: "
-                f"their {field} differs"
-            )
-
-
-def read_adapter(folder: str | os.PathLike[str]) -> SavedAdapter:
-    """The adapter in ``folder``, method and ranks as they were saved.
-
-    Raises:
-        FileNotFoundError: there is none.
-        AdapterError: a damaged, incomplete or foreign file; tensors of PEFT's own beside the method's.
-    """
-    folder = Path(folder)
-    description = read_description(folder)
-    if extras := description.extras():
-        key, value = next(iter(extras.items()))
-        raise AdapterError(
-            f"{description.path}: the adapter was trained with {key}={value!r}, so that it has tensors beside the "
-            "method's: load it with PEFT (osora.peft)"
-        )
-    path = folder / TENSOR_FILE
-    with opened(path) as file:
-        found = {key: file.get_tensor(key) for key in file.keys()}
-    check_shapes(path, description, {key: tuple(tensor.shape) for key, tensor in found.items()})
-    tensors = {
-        name: {kind: found[description.method.key(name, kind)] for kind in description.kinds}
-        for name in description.modules
-    }
-    with ThreadPoolExecutor(max(1, torch.get_num_threads())) as pool:  # hashing leaves the interpreter's lock
-        for _ in pool.map(lambda item: check_values(description, item[0], item[1], path), tensors.items()):
-            pass
-    return SavedAdapter(description, tensors)
-
-
 # -- write -----------------------------------------------------------------------------------------------------------
 
 
@@ -365,8 +284,20 @@ def write_config(folder: Path, config: Mapping[str, Any]) -> None:
         os.replace(new, path)
 
 
-def write_adapter(folder: Path, tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> None:
-    """Both files: each written whole or not at all, the tensors first."""
+def write_adapter(
+    folder: Path,
+    tensors: Mapping[str, Tensor],
+    config: Mapping[str, Any],
+    check: Callable[[Path, Path], None] | None = None,
+) -> None:
+    """Both files: each written whole or not at all, the tensors first; ``check`` reads them back before.
+
+    Raises:
+        ValueError: the folder's name is not UTF-8; what ``check`` raises.
+        OSError: the folder cannot be written.
+    """
+    if (why := why_unreadable(folder)) is not None:
+        raise ValueError(why)
     folder.mkdir(parents=True, exist_ok=True)
     paths = folder / TENSOR_FILE, folder / CONFIG_FILE
     with temporary_beside(paths[0]) as new_tensors, temporary_beside(paths[1]) as new_config:
@@ -378,6 +309,8 @@ def write_adapter(folder: Path, tensors: Mapping[str, Tensor], config: Mapping[s
         # Both are whole before either takes its place; the digests tell if a crash parts these two lines.
         for new in (new_tensors, new_config):
             finish(new)
+        if check is not None:
+            check(new_config, new_tensors)
         os.replace(new_tensors, paths[0])
         os.replace(new_config, paths[1])
 
@@ -386,9 +319,7 @@ __all__ = [
     "AdapterError",
     "Description",
     "Method",
-    "SavedAdapter",
     "holds_adapter",
-    "read_adapter",
     "read_description",
     "write_adapter",
     "write_config",

@@ -19,8 +19,8 @@ from osora.files.format import (
     AdapterError,
     Description,
     method_options,
-    read_adapter,
 )
+from osora.files.tensors import read_adapter
 from osora.layers.formulas import formula_of
 
 

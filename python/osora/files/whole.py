@@ -18,6 +18,15 @@ def _usual_mode(full: int) -> int:
     return full & ~mask
 
 
+def why_unreadable(path: Path) -> str | None:
+    """What keeps safetensors from a file of that name, if anything does: it takes UTF-8 alone."""
+    try:
+        str(path).encode("utf-8")
+    except UnicodeEncodeError:
+        return f"{str(path)!a} is no name in UTF-8, and safetensors opens no other: choose another folder"
+    return None
+
+
 def sync(path: Path) -> None:
     """Wait until a file or a folder's list of names is on the disk."""
     handle = os.open(path, os.O_RDONLY)

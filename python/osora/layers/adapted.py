@@ -17,7 +17,7 @@ from osora.layers.base_weight import (
     oriented_weight,
 )
 from osora.layers.batch import RowAdapters
-from osora.layers.formulas import Basis, Deltas, Formula, leading
+from osora.layers.formulas import Basis, Deltas, Formula, leading, owned
 from osora.layers.kept import KeepsBase, replace_values, uncast
 from osora.layers.materialised import Materialised
 from osora.layers.quantised import kind_of
@@ -105,9 +105,9 @@ class AdaptedLinear(KeepsBase):
         self.batch: RowAdapters | None = None  # within osora.adapters_in_batch
         exact, device = reference.accumulate_dtype(weight.dtype), weight.device
         # contiguous: the operator reads both row by row, and safetensors stores nothing else
-        self.register_buffer("U", factors.U.detach().to(device, weight.dtype).contiguous())
-        self.register_buffer("V", factors.V.detach().to(device, weight.dtype).contiguous())
-        self.register_buffer("S0", factors.S.detach().to(device, exact))
+        self.register_buffer("U", owned(factors.U.detach().to(device, weight.dtype)))
+        self.register_buffer("V", owned(factors.V.detach().to(device, weight.dtype)))
+        self.register_buffer("S0", owned(factors.S.detach().to(device, exact)))
         self._formulas: dict[str, Formula] = {adapter: formula}
         for kind, shape in formula.shapes(self.out_features, self.in_features, factors.S.numel()).items():
             zeros = torch.zeros(shape, dtype=exact, device=device)
@@ -204,11 +204,15 @@ class AdaptedLinear(KeepsBase):
     def add_adapter(self, name: str, formula: Formula, deltas: Mapping[str, Tensor] | int) -> None:
         """Take one more, which waits: copies of its tensors in S0's dtype and place, or zeros for a rank."""
         rank = deltas if isinstance(deltas, int) else formula.rank(formula.named(deltas))
-        assert name not in self._formulas and rank <= self.S0.numel()
+        if name in self._formulas:
+            raise ValueError(f"this layer has an adapter {name!r} already")
+        if rank > self.S0.numel():
+            raise ValueError(f"an adapter of rank {rank} needs a basis of as many columns: this one has {len(self.S0)}")
         for kind, shape in formula.shapes(self.out_features, self.in_features, rank).items():
             value = self.S0.new_zeros(shape)
             if not isinstance(deltas, int):
-                assert deltas[kind].shape == shape
+                if deltas[kind].shape != shape:
+                    raise ValueError(f"{kind} must have shape {list(shape)}, got {list(deltas[kind].shape)}")
                 value.copy_(deltas[kind].detach())
             self.register_parameter(f"{kind}@{name}", nn.Parameter(value, requires_grad=False))
         self._formulas[name] = formula
@@ -284,10 +288,10 @@ class AdaptedLinear(KeepsBase):
     def _watch(self, plan: str) -> Materialised | None:
         if plan == "split" or not self._can_materialise():
             return None
-        assert self.adapter is not None
         base = self.base_kept[0].weight if self.merged else self.base_layer.weight
-        assert isinstance(base, nn.Parameter)
-        return Materialised(base, *self.deltas(self.adapter))
+        if not isinstance(base, nn.Parameter):
+            raise TypeError("the materialised plan needs a base weight that is a parameter: leave it on the split plan")
+        return Materialised(base, *self.deltas(self.adapter or DEFAULT))
 
     def refresh(self) -> None:
         """Make the materialised weight again, at the address it has; nothing to do under the split plan."""
@@ -301,8 +305,9 @@ class AdaptedLinear(KeepsBase):
 
     @torch.no_grad()
     def delta_weight(self) -> Tensor:
-        """``ΔW`` [out_features, in_features] of the active adapter, in float32 (float64 for a float64 base)."""
-        assert self.adapter is not None
+        """``ΔW`` [out_features, in_features] of the active adapter, in float32. Raises ValueError if there is none."""
+        if self.adapter is None:
+            raise ValueError(f"no adapter is active in this layer; it has {', '.join(map(repr, self._formulas))}")
         left, right = self.delta_factors(self.adapter)
         return left @ right.to(left.dtype).t()
 

@@ -34,14 +34,16 @@ def is_conv1d(module: Any) -> bool:
 
 
 def oriented_weight(module: Any) -> Tensor:
-    """The weight of a layer that is not quantised, as [out_features, in_features]: a view for ``Conv1D``."""
+    """The weight of a layer that is not quantised, as [out_features, in_features]: a view for ``Conv1D``.
+
+    Raises:
+        ValueError: the layer was exchanged for one whose weight is no tensor.
+    """
     weight = module.weight
     if not isinstance(weight, Tensor):
-        kind = f"{type(module).__module__}.{type(module).__qualname__}"
-        raise TypeError(
-            f"the base layer of an adapter is a {kind} now, whose weight cannot be read: it was exchanged after the "
-            "adapter came (by quantize_dynamic, say). Do that before osora.attach with a kind that osora knows, or "
-            "after osora.merge and osora.detach(model, merged=True)"
+        raise ValueError(
+            f"the base layer is a {type(module).__module__}.{type(module).__qualname__}, whose weight is no tensor: it "
+            "was exchanged after the adapter had come (quantize_dynamic does so): put the layer back, or detach first"
         )
     return weight.t() if is_conv1d(module) else weight
 

@@ -77,6 +77,13 @@ def leading(basis: Basis, rank: int) -> Basis:
     return basis if rank == S0.numel() else (U[:, :rank], V[:, :rank], S0[:rank])
 
 
+def owned(tensor: Tensor) -> Tensor:
+    """The tensor, or a copy where its memory holds more: a file of a view has all of it, and safetensors takes none."""
+    tensor = tensor.contiguous()
+    whole = tensor.is_meta or tensor.untyped_storage().nbytes() == tensor.numel() * tensor.element_size()
+    return tensor if whole else tensor.clone()
+
+
 @dataclass(frozen=True)
 class OsoraFormula(Formula):
     """``ΔW = D Vᵀ`` with ``D = U ⊙ (o (S0 + s) + c s)``; deltas o [d] and s [r].

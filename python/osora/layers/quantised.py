@@ -201,6 +201,12 @@ class Bnb8bit:
         scales = getattr(module.weight, "SCB", None)
         return module.state.SCB if scales is None else scales
 
+    def _own_scales(self, module: Any) -> Tensor:
+        scales = self._scales(module)
+        if scales is None:
+            raise ValueError("the 8-bit weight has lost its scales (SCB): load the model anew")
+        return scales
+
     def name(self, module: Any) -> str:
         """``bnb-int8``."""
         return "bnb-int8"
@@ -232,14 +238,12 @@ class Bnb8bit:
     @torch.no_grad()
     def dense(self, module: Any) -> Tensor:
         """[d, k] float32, a new tensor."""
-        codes, scales = module.weight.detach().as_subclass(Tensor), self._scales(module)
-        assert scales is not None
+        codes, scales = module.weight.detach().as_subclass(Tensor), self._own_scales(module)
         return codes.float() * (scales.to(codes.device, torch.float32)[:, None] / 127)
 
     def digest(self, module: Any) -> str:
         """SHA-256 of the codes and their scales."""
-        scales = self._scales(module)
-        assert scales is not None
+        scales = self._own_scales(module)
         codes = module.weight.detach().as_subclass(Tensor)
         d, k = self.shape(module)
         return _hash(f"{self.name(module)}|{d}|{k}|", codes, scales.float())

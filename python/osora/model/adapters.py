@@ -19,6 +19,7 @@ from osora.layers.formulas import formula_of
 from osora.layers.linears import make_layer
 from osora.model.attach import install_beside, unwrap
 from osora.model.decompose import as_asked, decompose_targets, notes_of, with_enough
+from osora.model.fresh import fresh_parts
 from osora.model.parameters import adapter_parameters
 from osora.model.state import (
     AdapterState,
@@ -167,7 +168,7 @@ def add_adapter(
     else:
         formula = formula_of(config)
         there = {id(layer.base_layer): layer for layer in all_layers(model).values()}
-        targets = find_targets(model, config)
+        targets = find_targets(model, config, fresh_parts(model))
         fitted = [_fitted(t, there[id(t.module)], config) for t in targets if id(t.module) in there]
         joined = [(there[id(target.module)], target.rank) for target in fitted]
         missing = [target for target in targets if id(target.module) not in there]

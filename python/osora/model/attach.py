@@ -15,6 +15,7 @@ from osora.layers.formulas import formula_of
 from osora.layers.linears import make_layer
 from osora.layers.quantised import allow_packing, keep_order
 from osora.model.decompose import as_asked, decompose_targets, notes_of
+from osora.model.fresh import CURE, fresh_parts, warn_of_fresh
 from osora.model.merge import merge_layers
 from osora.model.state import (
     AdapterState,
@@ -123,7 +124,8 @@ def _attach(
     refuse_if_adapted(model)
     check_new_name(model, name)
     began = time.perf_counter()
-    targets = find_targets(model, config)
+    fresh = fresh_parts(model)
+    targets = find_targets(model, config, fresh)
     for target in targets:
         weight: Any = target.module.weight
         if weight.is_inference() and not serving:
@@ -131,6 +133,7 @@ def _attach(
                 f"{target.name}.weight was made within torch.inference_mode(), and nothing can be trained on it: load "
                 "the model outside of it (torch.no_grad() serves as well)"
             )
+    warn_of_fresh(fresh, CURE, stacklevel=4)
     layers = []
     for target, factors in decompose_targets(
         targets, config, max_memory=max_memory, unconverged=unconverged, progress=progress

@@ -131,7 +131,7 @@ def decompose_targets(
         calls = (partial(_decompose_batch, batch, config, memory) for batch in batches(targets))
         for batch, found in side_by_side(calls, lanes, _tensors):
             failed = [factors for factors in found if not factors.converged]
-            report_failure(failed, config.tol, unconverged, 3, "a smaller r")
+            report_failure(failed, config.tol, unconverged, 4, "a smaller r")
             for target, factors in zip(batch, found, strict=True):
                 yield target, factors
                 bar.advance(task)

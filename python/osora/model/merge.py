@@ -16,8 +16,8 @@ def merge_layers(layers: Mapping[str, AdaptedLinear], requantize: bool = False) 
         for name, layer in layers.items():
             try:
                 layer.merge(requantize)
-            except (TypeError, ValueError) as error:
-                raise type(error)(f"{name}: {error}") from error
+            except ValueError as error:
+                raise ValueError(f"{name}: {error}") from error
     except BaseException:  # of the user, or for want of memory, too
         for name, layer in layers.items():
             if layer.merged and name not in before:
@@ -42,8 +42,8 @@ def merge(model: nn.Module, *, requantize: bool = False) -> nn.Module:
 
     Raises:
         ValueError: no adapter, merged already, a quantised base weight without ``requantize``, a base weight that is
-            computed (pruned, parametrised), or a merged weight would be NaN or infinite, naming the layer.
-        TypeError: a base layer that was exchanged for one that cannot be read.
+            computed (pruned, parametrised) or cannot be read, or a merged weight would be NaN or infinite, naming the
+            layer.
     """
     state_of(model)
     merge_layers(adapted_layers(model), requantize)

@@ -11,6 +11,7 @@ from torch import nn
 from osora.config import AdapterConfig, OsoraConfig
 from osora.layers.base_weight import base_weight, is_quantised
 from osora.layers.formulas import formula_of
+from osora.model.fresh import fresh_parts
 from osora.model.state import adapted_layers, state_of
 from osora.model.targets import base_modules, find_targets
 
@@ -156,7 +157,7 @@ def count_parameters(model: nn.Module, config: AdapterConfig | None = None) -> P
     """
     config = OsoraConfig() if config is None else config
     formula, modules = formula_of(config), []
-    for target in find_targets(model, config):
+    for target in find_targets(model, config, fresh_parts(model)):
         (d, k), r = target.weight.shape, target.rank
         shapes = formula.shapes(d, k, r)
         trainable = sum(math.prod(shapes[kind]) for kind in formula.trained)

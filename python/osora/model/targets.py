@@ -5,8 +5,9 @@ import logging
 import re
 import sys
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 from torch import nn
@@ -41,6 +42,14 @@ def name_matches(name: str, wanted: str | Iterable[str]) -> bool:
     if isinstance(wanted, str):
         return re.fullmatch(wanted, name) is not None
     return any(name == end or name.endswith("." + end) for end in wanted)
+
+
+def unmatched_names(wanted: str | Iterable[str], names: Collection[str]) -> list[str]:
+    """Of a list of module names those that none of the model's ``names`` ends in; nothing of an expression."""
+    if isinstance(wanted, str):
+        return []
+    ends = {".".join(parts[i:]) for parts in (name.split(".") for name in names) for i in range(len(parts))}
+    return sorted(each for each in wanted if each not in ends)
 
 
 def layer_index(name: str) -> int | None:
@@ -203,8 +212,16 @@ def base_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
             yield name, module
 
 
-def find_targets(model: nn.Module, config: AdapterConfig) -> list[Target]:
+def find_targets(
+    model: nn.Module, config: AdapterConfig, fresh: Mapping[str, nn.Module] = MappingProxyType({})
+) -> list[Target]:
     """The layers ``config`` names, in the model's order; of one that has an adapter already, the base layer.
+
+    Args:
+        model: with adapters or without.
+        config: which.
+        fresh: :func:`osora.model.fresh.fresh_parts` of the model, which "all-linear" leaves out: their random weights
+            are others in the next process, which would refuse the adapter.
 
     Raises:
         ValueError: nothing matches; a match is no linear layer; its weight is tied to another module; a
@@ -218,14 +235,14 @@ def find_targets(model: nn.Module, config: AdapterConfig) -> list[Target]:
         modules[id(module)] = module
     head, holders, own, outer = _output_head(model), weight_holders(model), rewritten(model), of_peft(model)
     everything = config.target_modules == ALL_LINEAR
-    layers = config.layers_to_transform
-    assert layers is None or isinstance(layers, tuple)  # the config has brought it to this form
+    left_out = {id(head), *map(id, fresh.values())}
+    layers: Any = config.layers_to_transform  # the config has brought it to a tuple, or None
     targets = []
     for key, names in names_of.items():
         module, name = modules[key], names[0]
         if everything:
             is_linear = _is_linear(module) or unsupported(module) is not None  # which is not left out in silence
-            wanted = is_linear and module is not head
+            wanted = is_linear and key not in left_out
             if wanted and key in own:
                 log.warning(LEFT_OUT, name)
                 continue
@@ -245,13 +262,15 @@ def find_targets(model: nn.Module, config: AdapterConfig) -> list[Target]:
         asked, most = config.rank_for(name), min(weight.shape)
         note = f"rank {asked} clipped to {most}" if asked > most else ""
         targets.append(Target(tuple(names), module, weight, min(asked, most), note))
+    endings = sorted({n.rsplit(".", 1)[-1] for n, m in base_modules(model) if n and _is_linear(m)})
+    linear = f"the model's linear layers end in: {', '.join(endings) or 'none at all'}"
     if not targets:
-        linear = sorted({n.rsplit(".", 1)[-1] for n, m in base_modules(model) if n and _is_linear(m)})
         raise ValueError(
             f"no module matches target_modules={config.target_modules!r} with exclude_modules="
-            f"{config.exclude_modules!r} and layers_to_transform={config.layers_to_transform!r}; the model's linear "
-            f"layers end in: {', '.join(linear) or 'none at all'}"
+            f"{config.exclude_modules!r} and layers_to_transform={config.layers_to_transform!r}; {linear}"
         )
+    if unmatched := unmatched_names(config.target_modules, [n for names in names_of.values() for n in names]):
+        raise ValueError(f"target_modules names {', '.join(map(repr, unmatched))}, which no module has; {linear}")
     check_rank_pattern(config.rank_pattern, [target.name for target in targets])
     return targets
 

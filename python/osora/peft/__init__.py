@@ -11,6 +11,7 @@ from osora.peft.linears import OsoraLinear, SorsaLinear
 from osora.peft.model import OsoraModel, SorsaModel
 from osora.peft.registry import register
 from osora.peft.reloading import check_reloading
+from osora.peft.selecting import select_tensors
 from osora.peft.whole_files import save_whole_files
 
 _release = tuple(int(part) for part in _peft.__version__.split(".")[:2])
@@ -19,6 +20,7 @@ if _release < (0, 18):
 
 register("osora", OsoraConfig, OsoraModel)
 register("sorsa", SorsaConfig, SorsaModel)
+select_tensors()
 save_whole_files()
 check_reloading()
 

@@ -18,13 +18,14 @@ from osora.files.format import (
     FILE_METHODS,
     AdapterError,
     Description,
-    check_header,
     described,
     read_json,
 )
 from osora.files.info import config_of
+from osora.files.tensors import check_header
 from osora.peft import saving
 from osora.peft.registry import peft_type
+from osora.peft.selecting import STASH
 
 
 @dataclass
@@ -167,14 +168,16 @@ class AdapterConfig(PeftConfig):
     def __deepcopy__(self, memo: dict[int, Any]) -> "AdapterConfig":
         """A copy for the copy of its model, if that is what is being copied, or for none."""
         new = copy.copy(self)
-        new.__dict__ = {key: copy.deepcopy(value, memo) for key, value in self.__dict__.items() if key != "_home"}
+        new.__dict__ = {
+            key: copy.deepcopy(value, memo) for key, value in self.__dict__.items() if key not in ("_home", STASH)
+        }
         memo[id(self)] = new
         if self.home is not None and id(self.home[0]) in memo:
             new.settle_in(memo[id(self.home[0])], self.home[1])
         return new
 
     def __getstate__(self) -> dict[str, Any]:
-        return {key: value for key, value in self.__dict__.items() if key != "_home"}
+        return {key: value for key, value in self.__dict__.items() if key not in ("_home", STASH)}
 
 
 @dataclass

@@ -10,6 +10,7 @@ from osora.files.adapter import rank_decomposed
 from osora.files.evidence import certificate_of, check_bases
 from osora.files.format import AdapterError, Description
 from osora.layers.base_weight import base_weight, dense_weight
+from osora.layers.formulas import owned
 from osora.model.decompose import decompose_targets, rank_note, with_enough
 from osora.model.targets import Target
 from osora.peft.config import AdapterConfig
@@ -51,6 +52,8 @@ def fill(layers: Sequence[AdapterLayer], name: str, config: AdapterConfig) -> No
         if note := rank_note(factors):
             log.info("%s: %s", target.name, note)
         _fit(wanting[target.name], name, config)
+        U, V, S0 = wanting[target.name].basis(name)
+        wanting[target.name].put_basis(name, (owned(U), owned(V), owned(S0)))
     if not config.init_weights:
         for layer in layers:
             _disturb(layer, name)

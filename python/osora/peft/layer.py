@@ -23,7 +23,7 @@ from osora.layers.base_weight import (
     oriented_weight,
 )
 from osora.layers.batch import RowAdapters
-from osora.layers.formulas import Basis, Formula
+from osora.layers.formulas import Basis, Formula, owned
 from osora.layers.kept import KeepsBase, replace_values, uncast
 from osora.layers.read_weight import Place, read_weight
 from osora.peft import loading
@@ -52,6 +52,15 @@ class Adapter:
     certificate: Certificate = _NONE_YET
     awaited: Description | None = None  # of a file, until its tensors have come and been checked
     rebuilt: bool = False  # whether the basis was computed again for them
+
+
+def _copy_views(layer: Any, state: dict[str, Any], prefix: str, _: dict[str, Any]) -> None:
+    """Of a basis that is another one's leading columns: what safetensors and accelerate look at owns its memory."""
+    for name in layer.adapters:
+        for kind in ("U", "V", "S0"):
+            key = f"{prefix}{layer.method}_{kind}.{name}"
+            if key in state:
+                state[key] = owned(state[key])
 
 
 class AdapterLayer(KeepsBase, BaseTunerLayer):
@@ -86,6 +95,7 @@ class AdapterLayer(KeepsBase, BaseTunerLayer):
             setattr(self, f"{self.method}_{kind}", nn.ModuleDict())
         for kind in ("S0", "U", "V"):
             setattr(self, f"{self.method}_{kind}", BufferDict())
+        self.register_state_dict_post_hook(_copy_views)
         self.train(base_layer.training)
 
     def box(self, kind: str) -> Any:
@@ -139,8 +149,8 @@ class AdapterLayer(KeepsBase, BaseTunerLayer):
     def put_factors(self, name: str, factors: Decomposition) -> None:
         """Give an adapter the basis of a decomposition, in the dtypes and on the device of the base weight."""
         weight = base_weight(self.base_layer)
-        U, V = (t.detach().to(weight.device, weight.dtype).contiguous() for t in (factors.U, factors.V))
-        self.put_basis(name, (U, V, factors.S.detach().to(weight.device, self.exact)))
+        U, V = (owned(t.detach().to(weight.device, weight.dtype)) for t in (factors.U, factors.V))
+        self.put_basis(name, (U, V, owned(factors.S.detach().to(weight.device, self.exact))))
         self.adapters[name].certificate = factors.certificate
 
     def add(self, name: str, adapter: Adapter, rank: int, fill: float = 0.0) -> None:
@@ -219,7 +229,7 @@ class AdapterLayer(KeepsBase, BaseTunerLayer):
             return self.base_layer(x, *args, **kwargs)
         if any(self.adapters[name].awaited is not None for name in active):
             self.settle()
-        y = None
+        y: Any = None
         for name in active:
             adapter, basis, deltas = self.adapters[name], self.basis(name), self.deltas(name)
             dropout = adapter.dropout if self.training else 0.0
@@ -228,7 +238,6 @@ class AdapterLayer(KeepsBase, BaseTunerLayer):
             else:
                 branch = nn.functional.dropout(x, dropout) if dropout else x
                 y = y + adapter.formula.linear(branch, None, None, basis, deltas)
-        assert y is not None
         return y
 
     def _row_by_row(self, x: Tensor) -> Tensor:
@@ -267,6 +276,11 @@ class AdapterLayer(KeepsBase, BaseTunerLayer):
             raise ValueError(f"adapter {adapter_name!r} is merged: call unmerge_adapter() before deleting it")
         self.adapters.pop(adapter_name, None)
         super().delete_adapter(adapter_name)
+        for names in self.widest().values():  # the adapter may have been the one that they had views of
+            U, V, S0 = (owned(tensor) for tensor in self.basis(names[0]))
+            for name in names:
+                rank = self.box("S0")[name].numel()
+                self.put_basis(name, (U[:, :rank], V[:, :rank], S0[:rank]))
 
     def get_delta_weight(self, adapter: str) -> Tensor:
         """``ΔW`` in the layout of the base weight, in float32 (float64 for a float64 base)."""
@@ -383,6 +397,3 @@ def layers_of(model: nn.Module, adapter: str) -> dict[str, AdapterLayer]:
         for name, layer in model.named_modules()
         if isinstance(layer, AdapterLayer) and adapter in layer.adapters
     }
-
-
-__all__ = ["Adapter", "AdapterLayer", "layers_of"]

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 import torch
 
 from osora.files.evidence import check_rebuilt, check_stored
-from osora.files.format import TENSOR_FILE, AdapterError, check_values
+from osora.files.format import TENSOR_FILE, AdapterError
+from osora.files.tensors import check_values
 
 if TYPE_CHECKING:
     from osora.peft.layer import AdapterLayer

@@ -28,7 +28,7 @@ from osora.peft.filling import await_file, empty_basis, fill
 from osora.peft.layer import Adapter, AdapterLayer, layers_of
 from osora.peft.linears import OsoraLinear, SorsaLinear
 from osora.peft.rollback import Before, put_originals
-from osora.peft.targets import Surroundings, matches
+from osora.peft.targets import Surroundings, check_whole_modules, matches
 
 # Attributes of the model without PEFT around it.
 _PENALTIES = "_osora_penalties"  # adapter's name -> its penalty
@@ -70,7 +70,8 @@ class AdapterModel(BaseTuner):
         if description is not None:
             config.__dict__["_wanted"] = frozenset(description.modules)
         befores: dict[str, Before] = self.__dict__.setdefault("_befores", {})
-        befores[adapter_name] = Before(model, biases=description is not None and config.bias != "none")
+        biases = description is not None and config.bias != "none"
+        befores[adapter_name] = Before(model, biases, () if description is None else description.other_names)
         self._made: list[tuple[AdapterLayer, bool]] = []
         try:
             self._around = Surroundings(model, config)
@@ -80,6 +81,7 @@ class AdapterModel(BaseTuner):
                 raise ValueError(f"target_modules {config.target_modules!r} of {adapter_name!r} not found in the model")
             if description is None:
                 check_rank_pattern(config.rank_pattern, [layer.name for layer in layers])
+                self._around.warn_of_unmatched()
                 fill(layers, adapter_name, config)
             else:
                 await_file(layers, adapter_name, config, description)
@@ -116,12 +118,13 @@ class AdapterModel(BaseTuner):
         **_: Any,
     ) -> None:
         is_new = not isinstance(target, self.layer_class)
-        layer = target
+        layer: Any = target
         if is_new:
             self._around.check(current_key, target)
             layer = self.layer_class(target, current_key)
             layer.place = Place(current_key, self.__dict__.setdefault("readers", Readers()))
-        assert isinstance(layer, AdapterLayer)
+        boxes = [f"{current_key}.{box}" for box in (*layer.adapter_layer_names, *layer.other_param_names)]
+        check_whole_modules(peft_config.modules_to_save or (), [*boxes, *(f"{box}.{adapter_name}" for box in boxes)])
         adapter = Adapter(
             formula_of(peft_config.native()), peft_config.dropout, peft_config.save_basis, tol=peft_config.tol
         )

@@ -11,7 +11,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from peft import PeftConfig, PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
+import peft
+from peft import PeftConfig, PeftModel, set_peft_model_state_dict
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 
 from osora.files.evidence import certificate_of, check_bases
@@ -83,7 +84,8 @@ def _replaced(model: PeftModel, name: str, description: Description) -> Iterator
     """Within it the adapter's tensors are replaced. After it they are those of the file, or what they were."""
     layers = _layers(model, name)
     config: Any = model.peft_config[name]
-    state = get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
+    embeddings = bool(description.others)
+    state = peft.get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=embeddings)
     state, mode = {key: tensor.detach().clone() for key, tensor in state.items()}, model.training
     before = {key: copy.copy(layer.adapters[name]) for key, layer in layers.items()}
     for layer in layers.values():

@@ -1,27 +1,30 @@
 # SPDX-License-Identifier: Apache-2.0
 """A model as it was before an adapter came: what PEFT puts in beside the adapter's layers goes out again with it."""
 
+from collections.abc import Collection
+
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
 
 class Before:
-    """Which parameters were trained and, where an adapter's file has biases, the base's own."""
+    """Which parameters were trained and, where an adapter's file has some of the base's (biases, embeddings), these."""
 
-    def __init__(self, model: nn.Module, biases: bool) -> None:
-        """Nothing but the biases is copied."""
+    def __init__(self, model: nn.Module, biases: bool, others: Collection[str] = ()) -> None:
+        """Nothing is copied but all biases, if they are wanted, and parameters named in ``others``."""
         self.trained = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-        self.biases = [
-            (module, bias, bias.detach().clone())
-            for module in model.modules()
-            if biases and (bias := module._parameters.get("bias")) is not None
+        self.values = [
+            (module, last, parameter, parameter.detach().clone())
+            for name, module in model.named_modules()
+            for last, parameter in module._parameters.items()
+            if parameter is not None and ((biases and last == "bias") or f"{name}.{last}" in others)
         ]
 
     def restore(self) -> None:
-        """Put both back; with ``low_cpu_mem_usage`` PEFT has put other parameters in the biases' places."""
-        for module, bias, values in self.biases:
-            bias.data.copy_(values)
-            module._parameters["bias"] = bias  # within init_empty_weights an assignment would copy it to meta
+        """Put both back; with ``low_cpu_mem_usage`` PEFT has put other parameters in their places."""
+        for module, last, parameter, values in self.values:
+            parameter.data.copy_(values)
+            module._parameters[last] = parameter  # within init_empty_weights an assignment would copy it to meta
         for parameter, requires_grad in self.trained:
             parameter.requires_grad_(requires_grad)
 

@@ -3,12 +3,16 @@
 
 import copy
 import re
+import warnings
+from collections.abc import Iterable, Sequence
 from typing import Any
 
+import peft
 from peft.tuners.tuners_utils import BaseTunerLayer, check_target_module_exists
 from torch import nn
 
 from osora.config import ALL_LINEAR
+from osora.model.fresh import fresh_parts, warn_of_fresh
 from osora.model.state import all_layers
 from osora.model.targets import (
     LEFT_OUT,
@@ -19,6 +23,7 @@ from osora.model.targets import (
     layer_index,
     log,
     rewritten,
+    unmatched_names,
     weight_holders,
 )
 from osora.peft.rollback import wrappers
@@ -46,6 +51,26 @@ def matches(config: Any, key: str) -> Any:
     return found and _index(config, key) in config.native().layers_to_transform
 
 
+def check_whole_modules(names: Iterable[str], boxes: Sequence[str]) -> None:
+    """Raise ValueError for a name of ``modules_to_save`` by whose end PEFT takes an adapter's own containers, too."""
+    for name in names:
+        if box := next((box for box in boxes if box.endswith(name)), None):
+            raise ValueError(
+                f"modules_to_save {name!r} is also the end of {box}, where this adapter's own tensors are, and PEFT "
+                "would train whole: give the module's full name, or rename it"
+            )
+
+
+def _is_within(name: str, whole: Iterable[str]) -> bool:
+    """Whether a module is, or is in, one that is trained whole, by whose name's end PEFT finds it."""
+    parts = name.split(".")
+    return any(".".join(parts[: i + 1]).endswith(each) for i in range(len(parts)) for each in whole)
+
+
+def _ends(names: Iterable[str]) -> list[str]:
+    return [name.rsplit(".", 1)[-1] for name in names]
+
+
 class Surroundings:
     """What the checks of targets ask about the whole model."""
 
@@ -60,26 +85,43 @@ class Surroundings:
                 f"{next(iter(own))} has an adapter by osora.attach or osora.load_adapter, which PEFT would neither "
                 "train nor save: call osora.detach(model) first, or stay with the native API (osora.add_adapter)"
             )
+        ours = tuple(f"{name}." for name, module in model.named_modules() if isinstance(module, BaseTunerLayer))
+        alike = [n for n, _ in model.named_modules() if f"{config.method}_" in n and not n.startswith(ours)]
+        if alike and tuple(int(part) for part in peft.__version__.split(".")[:2]) < (0, 21):
+            raise ValueError(
+                f"PEFT {peft.__version__} takes {alike[0]} for a tensor of {config.method}'s, by its name: it would be "
+                "trained and not saved; update to PEFT 0.21, or give the module another name"
+            )
         self.everything = config.target_modules == ALL_LINEAR
         self.rewritten, self.holders, self.whole = rewritten(model), weight_holders(model), wrappers(model)
         getter = getattr(model, "get_output_embeddings", None)
         self.head = getter() if callable(getter) else None
+        kept = [*self.whole, *(config.modules_to_save or ())]
+        fresh = {} if config.osora is not None and config.osora.get("others") else fresh_parts(model)
+        self.fresh = {
+            name: module
+            for name, module in fresh.items()
+            if not isinstance(module, nn.Embedding) and module is not self.head and not _is_within(name, kept)
+        }
+        warn_of_fresh(self.fresh, f"train it whole, with modules_to_save={_ends(self.fresh)!r}", stacklevel=7)
         names: dict[int, list[str]] = {}
         for name, module in model.named_modules(remove_duplicate=False):
             names.setdefault(id(module), []).append(name)
         self.left_out = {name for key in self.rewritten for name in names.get(key, ())}
+        self.unmatched = unmatched_names(config.target_modules, [name for found in names.values() for name in found])
         self.also = {key: found[1:] for key, found in names.items() if len(found) > 1}
 
     def is_left_out(self, key: str) -> bool:
-        """Whether "all-linear" leaves a match out: the model writes into it, or it is in the output head.
-
-        PEFT leaves that out itself, but not if it is wrapped.
+        """Whether a match is no target of "all-linear": in the output head, which PEFT takes if it is wrapped; fresh;
+        or the model writes into it.
 
         Raises:
             ValueError: it is in another module that an adapter trains whole.
         """
         if self.everything and key in self.left_out:
             log.warning(LEFT_OUT, key)
+            return True
+        if self.everything and key in self.fresh:
             return True
         for name, wrapper in self.whole.items():
             if key.startswith(f"{name}."):
@@ -90,6 +132,16 @@ class Surroundings:
                     f"trainable_token_indices): leave it out with exclude_modules=[{key.rsplit('.', 1)[-1]!r}]"
                 )
         return False
+
+    def warn_of_unmatched(self) -> None:
+        """Name what ``target_modules`` lists and no module is called: PEFT says so only if nothing matches."""
+        if self.unmatched:
+            warnings.warn(
+                f"target_modules names {', '.join(map(repr, self.unmatched))}, which no module has: the adapter is not "
+                "there",
+                RuntimeWarning,
+                stacklevel=7,
+            )
 
     def check(self, name: str, module: nn.Module) -> None:
         """Raise ValueError or TypeError for a module that cannot have an adapter, saying what to do."""
@@ -112,4 +164,4 @@ class Surroundings:
             )
 
 
-__all__ = ["Surroundings", "matches"]
+__all__ = ["Surroundings", "check_whole_modules", "matches"]

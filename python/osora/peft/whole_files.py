@@ -17,11 +17,13 @@ from typing import Any
 from peft import PeftModel
 
 from osora.files.card import CARD_FILE, keep_card
-from osora.files.format import CONFIG_FILE
+from osora.files.format import CONFIG_FILE, TENSOR_FILE
 from osora.files.info import info_of
-from osora.files.whole import finish
+from osora.files.readback import read_back
+from osora.files.whole import finish, why_unreadable
 from osora.peft.config import AdapterConfig
 from osora.peft.saving import descriptions_written
+from osora.peft.selecting import selections_kept
 
 _MARK = "_osora_whole_files"
 
@@ -56,6 +58,8 @@ def _whole(save_pretrained: Callable[..., None]) -> Callable[..., None]:
         folder = Path(options["save_directory"])
         if None in chosen or not options["is_main_process"] or folder.is_file():
             return save_pretrained(*args, **kwargs)  # which refuses, or writes nothing
+        if (why := why_unreadable(folder)) is not None:
+            raise ValueError(why)
         folder.mkdir(parents=True, exist_ok=True)
         places = {
             "" if name == "default" else name: config
@@ -69,8 +73,10 @@ def _whole(save_pretrained: Callable[..., None]) -> Callable[..., None]:
                 (new / place).mkdir(parents=True, exist_ok=True)
                 shutil.copyfile(folder / place / CARD_FILE, new / place / CARD_FILE)
             options["save_directory"] = made
-            with descriptions_written() as written:
+            with selections_kept(), descriptions_written() as written:
                 save_pretrained(*given.args, **given.kwargs)
+            for place in places:
+                read_back(new / place / CONFIG_FILE, new / place / TENSOR_FILE)
             for place, config in places.items():
                 info = info_of(new / place, written[new / place], config.native())
                 keep_card(info, with_peft=True, add_section=place not in cards)

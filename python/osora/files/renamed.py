@@ -1,0 +1,59 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Checkpoints whose names are not the model's: transformers renames tensors as it loads, and its own rules are asked.
+
+A model of the checkpoint's ``config.json`` is made on the meta device for that; none of its weights is.
+"""
+
+import logging
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+log = logging.getLogger("osora")
+
+
+@dataclass(frozen=True)
+class Renamed:
+    """What a checkpoint's tensors are called in its model."""
+
+    keys: dict[str, str] = field(default_factory=dict)
+    """The model's name → the checkpoint's, of tensors that stay as they are."""
+    made: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    """A name in the model → the checkpoint's tensors that it is computed from."""
+
+
+def renamed(folder: Path, keys: Iterable[str]) -> Renamed:
+    """Ask transformers; nothing where it is not installed, or does not know the checkpoint's model."""
+    if not (folder / "config.json").is_file():
+        return Renamed()
+    try:
+        import transformers
+        from transformers.conversion_mapping import get_model_conversion_mapping
+        from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+    except ImportError:
+        return Renamed()
+    try:
+        config = transformers.AutoConfig.from_pretrained(folder)
+        name = next(iter(config.architectures or ()), "")
+        with torch.device("meta"):
+            model = getattr(transformers, name)(config)
+        rules = get_model_conversion_mapping(model)
+        there, prefix = model.state_dict(), model.base_model_prefix
+        renamings = [rule for rule in rules if isinstance(rule, WeightRenaming)]
+        converters = [rule for rule in rules if isinstance(rule, WeightConverter)]
+        found, made = {}, dict[str, list[str]]()
+        for key in keys:
+            new, converted = rename_source_key(key, renamings, converters, prefix, there)
+            if converted is None:
+                found[new] = key
+            else:
+                made.setdefault(new, []).append(key)
+    except Exception as error:  # whatever a config of somebody's, or another version's rules, may raise
+        log.info("transformers cannot say how it names the tensors of %s: %s", folder, error)
+        return Renamed()
+    return Renamed(found, {key: tuple(sources) for key, sources in made.items()})
+
+
+__all__ = ["Renamed", "renamed"]
