@@ -136,7 +136,9 @@ def test_export_lora(folders):
     ]
     v_proj = "base_model.model.model.layers.0.self_attn.v_proj.lora_A.weight"
     assert shapes[0].keys() == shapes[1].keys() and shapes[0][v_proj] == (3, 32) and shapes[1][v_proj] == (5, 32)
-    assert osora_json("export-lora", folders / "adapter", folders / "lora")["bytes"] > 0
+    found = osora_json("export-lora", folders / "adapter", folders / "lora")
+    assert found["bytes"] > 0 and "layers have ranks from 3 to 5" in found["warnings"][0]
+    assert osora_json("export-lora", folders / "adapter", folders / "lora", "--own-ranks")["warnings"] == []
 
 
 # Command, exit code, words on stderr.

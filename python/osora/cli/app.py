@@ -191,8 +191,13 @@ def export_lora(
         typer.Option(help="Folder of the base model; needed for an adapter without its basis.", show_default=False),
     ] = None,
     equal_ranks: Annotated[
-        bool, typer.Option("--equal-ranks", help="Fill up to the largest rank, for programs that know one rank only.")
-    ] = False,
+        bool | None,
+        typer.Option(
+            "--equal-ranks/--own-ranks",
+            help="Fill up to the largest rank, for programs that know one rank only; or say that none is meant.",
+            show_default=False,
+        ),
+    ] = None,
     json: Json = False,
 ) -> None:
     """Write an adapter as a plain LoRA, which PEFT and others load without osora.
