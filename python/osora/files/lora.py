@@ -26,12 +26,12 @@ _STATE_SPACE = frozenset("falcon_h1 mamba mamba2 falcon_mamba nemotron_h".split(
 _READ_PAST = ("out_proj", "conv1d")
 
 
-def heads_named_by(task: str | None) -> tuple[str, ...]:
-    """Ends of the names of modules that PEFT saves whole for a task."""
-    return _HEADS.get(task or "", ())
+def heads_named_by(task: object) -> tuple[str, ...]:
+    """Ends of the names of modules that PEFT saves whole for a task, by its name or PEFT's member of it."""
+    return _HEADS.get(str(getattr(task, "value", task)), ())
 
 
-def heads_of(task: str | None, names: Iterable[str]) -> list[str]:
+def heads_of(task: object, names: Iterable[str]) -> list[str]:
     """The modules among ``names`` that PEFT saves whole for a task, without those within others."""
     found = [name for name in names if name and name.endswith(heads_named_by(task))] if heads_named_by(task) else []
     return [name for name in found if not any(name.startswith(f"{other}.") for other in found)]

@@ -12,6 +12,7 @@ from osora.peft.model import OsoraModel, SorsaModel
 from osora.peft.registry import register
 from osora.peft.reloading import check_reloading
 from osora.peft.whole_files import save_whole_files
+from osora.peft.wrapping import wrap_or_leave
 
 _release = tuple(int(part) for part in _peft.__version__.split(".")[:2])
 if _release < (0, 18):
@@ -21,5 +22,6 @@ register("osora", OsoraConfig, OsoraModel)
 register("sorsa", SorsaConfig, SorsaModel)
 save_whole_files()
 check_reloading()
+wrap_or_leave()
 
 __all__ = ["OsoraConfig", "OsoraLinear", "OsoraModel", "SorsaConfig", "SorsaLinear", "SorsaModel"]

@@ -9,6 +9,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer, check_target_module_exists
 from torch import nn
 
 from osora.config import ALL_LINEAR
+from osora.files.lora import heads_of
 from osora.model.state import all_layers
 from osora.model.targets import (
     bypassed,
@@ -44,6 +45,10 @@ def matches(config: Any, key: str) -> Any:
     return found and _index(config, key) in config.native().layers_to_transform
 
 
+def _plain(task: Any) -> str:
+    return str(getattr(task, "value", task))
+
+
 class Surroundings:
     """What the checks of targets ask about the whole model."""
 
@@ -59,6 +64,8 @@ class Surroundings:
                 "train nor save: call osora.detach(model) first, or stay with the native API (osora.add_adapter)"
             )
         self.everything = config.target_modules == ALL_LINEAR
+        self.heads = heads_of(config.task_type, [name for name, _ in model.named_modules()])
+        self.task = config.task_type
         self.bypassed, self.holders, self.whole = bypassed(model), weight_holders(model), wrappers(model)
         getter = getattr(model, "get_output_embeddings", None)
         self.head = getter() if callable(getter) else None
@@ -68,11 +75,18 @@ class Surroundings:
         self.also = {key: found[1:] for key, found in names.items() if len(found) > 1}
 
     def is_left_out(self, key: str) -> bool:
-        """Whether a match is in the output head, which "all-linear" leaves out, and PEFT not if it is wrapped.
+        """Whether a match is in a head that is trained whole, which "all-linear" leaves out, and PEFT not always.
 
         Raises:
-            ValueError: it is in another module that an adapter trains whole.
+            ValueError: it is named, or in another module that an adapter trains whole.
         """
+        if (head := self._head_of(key)) is not None:
+            if self.everything:
+                return True
+            raise ValueError(
+                f"target {key} is in {head}, which PEFT trains and saves whole for {_plain(self.task)}: leave it "
+                f"out with exclude_modules=[{key.rsplit('.', 1)[-1]!r}], or leave task_type out"
+            )
         for name, wrapper in self.whole.items():
             if key.startswith(f"{name}."):
                 if self.everything and wrapper is self.head:
@@ -82,6 +96,14 @@ class Surroundings:
                     f"trainable_token_indices): leave it out with exclude_modules=[{key.rsplit('.', 1)[-1]!r}]"
                 )
         return False
+
+    def _head_of(self, key: str) -> str | None:
+        return next((head for head in self.heads if key == head or key.startswith(f"{head}.")), None)
+
+    def leave_out(self, config: Any) -> None:
+        """Of "all-linear", take the heads out of the names that PEFT has put in its place."""
+        if self.everything and isinstance(config.target_modules, set):
+            config.target_modules = {key for key in config.target_modules if self._head_of(key) is None}
 
     def check(self, name: str, module: nn.Module) -> None:
         """Raise ValueError or TypeError for a module that cannot have an adapter, saying what to do."""
