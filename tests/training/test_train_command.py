@@ -3,8 +3,10 @@
 
 import json
 import math
+import os
 import re
 import shutil
+import signal
 from dataclasses import fields
 from pathlib import Path
 
@@ -26,6 +28,7 @@ for package in ("accelerate", "yaml", "huggingface_hub", "typer"):
 from osora.finetuning import TrainSettings, read_settings  # noqa: E402
 from osora.finetuning import data as data_module  # noqa: E402
 from osora.finetuning import loop as loop_module  # noqa: E402
+from osora.finetuning.listener import heeding_sigterm  # noqa: E402
 
 DOCUMENT = ROOT / "docs/cli.md"
 
@@ -122,6 +125,92 @@ def test_interrupted_and_resumed_is_as_uninterrupted(changes, here, monkeypatch)
     assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
     assert any(value.abs().max() > 0 for name, value in ours.items() if name.endswith("_s.weight"))
     assert "the run is finished" in osora_json("train", "run.json", "--resume", code=2)["error"]
+
+
+def test_sigterm_ends_with_a_checkpoint_from_which_it_goes_on(here):
+    """As a scheduler sends it; the run that goes on ends with the bits of a whole one."""
+    whole = osora_json("train", write("run.json", settings(save_steps=100)))
+    program = """
+import os, signal, sys
+from osora.cli import main
+from osora.finetuning import loop
+step = loop.Told.on_step_end
+def on_step_end(self, args, state, control, **more):
+    if state.global_step == 3:
+        os.kill(os.getpid(), signal.SIGTERM)
+    step(self, args, state, control, **more)
+loop.Told.on_step_end = on_step_end
+print(main(["train", "run.json", "--output", "cut", "--json"]))
+"""
+    said = run_python(program)
+    assert said.split()[-1] == "143" and "stopped by SIGTERM after step 3 of 6" in said and "--resume" in said
+    assert not Path("cut/report.json").exists() and Path("cut/checkpoints/checkpoint-3/trainer_state.json").exists()
+    resumed = osora_json("train", "run.json", "--output", "cut", "--resume")
+    assert resumed["losses"] == whole["losses"]
+    ours, theirs = adapter("cut"), adapter("run")
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+def test_a_second_sigterm_is_not_heeded_and_the_handler_goes():
+    before = signal.getsignal(signal.SIGTERM)
+    with heeding_sigterm() as request:
+        assert not request.made and signal.getsignal(signal.SIGTERM) is not before
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert request.made and signal.getsignal(signal.SIGTERM) is before
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_ctrl_c_says_what_to_do(here, monkeypatch):
+    interrupt(monkeypatch, 1)
+    error = osora_json("train", write("run.json", settings()), code=130)["error"]
+    assert error == "interrupted: --resume goes on from the last checkpoint"
+
+
+def test_a_run_is_made_longer(here, monkeypatch):
+    """With a constant schedule to the bits of a run that was as long from the start; finished or interrupted."""
+    usual = {"schedule": "constant", "warmup": 0, "eval_data": None, "eval_steps": None}
+    whole = osora_json("train", write("long.json", settings(**usual, output="long")))
+    osora_json("train", write("short.json", settings(**usual, output="short", steps=2)))
+    longer = osora_json("train", "short.json", "--resume", "--steps", 4)
+    assert longer["steps"] == 4 and longer["losses"]["training"] == whole["losses"]["training"][:4]
+    with monkeypatch.context() as change:
+        interrupt(change, 5)
+        osora_json("train", "short.json", "--resume", "--steps", 6, code=130)
+    assert not Path("short/report.json").exists()
+    assert "steps was 6, is 4" in osora_json("train", "short.json", "--resume", "--steps", 4, code=2)["error"]
+    done = osora_json("train", "short.json", "--resume", "--steps", 6)
+    assert done["steps"] == 6 and done["losses"] == whole["losses"]
+    ours, theirs = adapter("short"), adapter("long")
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    again = osora_json("train", "short.json", "--resume", "--steps", 6, code=2)["error"]
+    assert "the run is finished" in again and "lengthen it" in again
+    unit = osora_json("train", "short.json", "--resume", "--epochs", 9, code=2)["error"]
+    assert "was to have 6 steps: say its new length as steps too" in unit
+
+
+def test_a_run_of_epochs_is_made_longer(here):
+    osora_json("train", *SMALL, "--output", "run")  # one epoch, unsaid
+    longer = osora_json("train", *SMALL, "--output", "run", "--resume", "--epochs", "1.5")
+    assert longer["steps"] == 9 and longer["resumed_from"] == "run/checkpoints/checkpoint-6"
+    error = osora_json("train", *SMALL, "--output", "run", "--resume", "--steps", "20", code=2)["error"]
+    assert "was to have 1.5 epochs" in error
+
+
+@pytest.mark.parametrize("changes", [{"adapter": {"dropout": 0.1}}, {"method": "sorsa", "save_basis": False}])
+def test_a_run_begins_with_an_adapter(changes, here):
+    """With its method, rank and options, and with what it has learnt."""
+    osora_json("train", write("run.json", settings(**changes)))
+    more = ["--data", "data.jsonl", "--eval-data", "eval.jsonl", "--steps", 1, "--device", "cpu"]
+    report = osora_json("train", "--model", "base", *more, "--start", "run/adapter", "--output", "more", "--lr", "1e-9")
+    first = json.loads(Path("run/report.json").read_text())
+    assert report["settings"]["rank"] == 4 and report["settings"]["method"] == first["settings"]["method"]
+    assert report["settings"]["save_basis"] == first["settings"]["save_basis"]
+    assert report["losses"]["evaluation"][0][1] == pytest.approx(first["losses"]["evaluation"][-1][1], abs=1e-5)
+    assert osora.adapter_info("more/adapter").config == osora.adapter_info("run/adapter").config
+    for given, words in ((["--rank", "8"], "r is 4 there, 8 here"), (["--start", "nowhere"], "no adapter here")):
+        command = ["train", "--model", "base", *more, "--start", "run/adapter", "--output", "x", *given]
+        assert words in osora_json(*command, code=2)["error"]
+        assert not Path("x").exists()
 
 
 def test_it_learns_and_writes_what_loads(here):
