@@ -334,6 +334,18 @@ def test_what_is_refused_before_the_model_is_loaded(case, here, monkeypatch):
         ('{"text": "w3 w4"}\n\n{"text": \n', "line 3: not JSON"),
         ('{"instruction": "w3"}', "line 1: needs .*the fields found are: 'instruction'"),
         ('{"messages": [{"role": "user", "content": "w3"}]}', "line 1: 'messages' must be a list of at least two"),
+        (
+            r'{"text": "w3 w4"}' + "\n" + r'{"text": "w3 \ud83d"}',
+            r"line 2: 'text' has half a character, \\ud83d at position 3",
+        ),
+        (r'{"prompt": "\udca9 w3", "completion": "w4"}', r"line 1: 'prompt' has half a character, \\udca9 .*whole or"),
+        (
+            r'{"messages": [{"role": "user", "content": "w3"}, {"role": "assistant", "content": "\ud83d"}]}',
+            "line 1, message 2: 'content' has half a character",
+        ),
+        ('{"text": "w3 w4"}\n{"text": ' + "[" * 100_000 + "]" * 100_000 + "}", "line 2: nested too deeply"),
+        ('{"text": ' + '{"a":' * 100_000 + "1" + "}" * 100_000 + "}", "line 1: nested too deeply"),
+        ('{"text": ' + "1" * 5000 + "}", "line 1: .*digits"),
     ],
 )
 def test_bad_data_is_refused_with_its_line(content, words, here):
@@ -341,6 +353,50 @@ def test_bad_data_is_refused_with_its_line(content, words, here):
     for key in ("data", "eval_data"):
         error = osora_json("train", write("run.json", settings(**{key: "bad.jsonl"})), code=2)["error"]
         assert re.search(words, error) and "bad.jsonl" in error
+    assert not Path("run").exists()
+
+
+MARKED = (
+    "{% for m in messages %}{{ m['role'] }} w9 {{ m['content'] | trim }}MARK{% endfor %}"
+    "{% if add_generation_prompt %}assistant w9 {% endif %}"
+)
+
+
+@pytest.mark.parametrize(
+    ("mark", "kept"),
+    [("\n", "\n"), ("", ""), (" \n\n", " \n\n"), (" w96 \n", " w96"), (" </s>\n", " </s>")],
+    ids=["newline", "nothing", "blanks", "a word", "an end token"],
+)
+@pytest.mark.parametrize("answer", ["w5 w6", " w5 w6\n", "w96"])
+def test_answers_end_in_a_mark_or_an_end_token(mark, kept, answer):
+    """Without one a model never learns to stop, and the line break that the template puts there was cut."""
+    words = tokenizer()
+    words.add_tokens(["\n"])
+    words.chat_template = MARKED.replace("MARK", mark.replace("\n", "\\n").join(("{{ '", "' }}")) if mark else "")
+    row = data_module.parse_row({"prompt": "w3", "completion": answer}, "here")
+    example = data_module.encode(words, row, 64)
+    wish = words(answer.strip() + kept, add_special_tokens=False).input_ids
+    assert example.answer == wish + ([] if kept.strip() else [words.eos_token_id])
+    assert example.prompt == words("user w9 w3" + mark + "assistant w9 ", add_special_tokens=False).input_ids
+
+
+def test_an_answer_that_the_template_rewrites_has_its_end_too():
+    words = tokenizer()
+    words.chat_template = MARKED.replace("m['content'] | trim", "m['content'] | upper").replace("MARK", "\n")
+    row = data_module.parse_row({"prompt": "w3", "completion": "w5"}, "here")
+    assert data_module.encode(words, row, 64).answer[-1] == words.eos_token_id
+
+
+@pytest.mark.parametrize("template", [MARKED.replace("MARK", "\n"), None])
+def test_no_mark_and_no_end_token_is_an_error_that_names_the_template(template, here):
+    Path("base").unlink()
+    tiny_llama().save_pretrained("base")
+    words = tokenizer()
+    words.chat_template, words.eos_token = template, None
+    words.save_pretrained("base")
+    error = osora_json("train", write("run.json", settings(data="questions.jsonl")), code=2)["error"]
+    assert "questions.jsonl, line 1" in error and "no end token" in error and "chat_template" in error
+    assert ("chat template ends an answer with '\\n', which is no mark" if template else "no chat template") in error
     assert not Path("run").exists()
 
 
@@ -352,6 +408,7 @@ def test_bad_data_is_refused_with_its_line(content, words, here):
         ("run.yaml", "lr: 1\nlr: 2\n", "'lr' is given twice"),
         ("run.json", '{"lr": 1, "lr": 2}', "'lr' is given twice"),
         ("run.toml", "lr = ", "run.toml: "),
+        ("run.json", '{"lr": ' + "[" * 100_000, "run.json: nested too deeply"),
         ("run.yaml", "- lr\n", "must map settings to values"),
     ],
 )

@@ -315,6 +315,8 @@ def read_settings(path: str | os.PathLike[str]) -> dict[str, Any]:
         found = readers[path.suffix](path.read_text(encoding="utf-8"))
     except ValueError as error:  # of JSON, TOML and UTF-8 too
         raise ValueError(f"{path}: {error}") from error
+    except RecursionError as error:
+        raise ValueError(f"{path}: nested too deeply to be read") from error
     if not isinstance(found, dict):
         raise ValueError(f"{path} must map settings to values, and holds {type(found).__name__}")
     return found
