@@ -136,7 +136,39 @@ def test_export_lora(folders):
     ]
     v_proj = "base_model.model.model.layers.0.self_attn.v_proj.lora_A.weight"
     assert shapes[0].keys() == shapes[1].keys() and shapes[0][v_proj] == (3, 32) and shapes[1][v_proj] == (5, 32)
-    assert osora_json("export-lora", folders / "adapter", folders / "lora")["bytes"] > 0
+    found = osora_json("export-lora", folders / "adapter", folders / "lora")
+    assert found["bytes"] > 0 and "layers have ranks from 3 to 5" in found["warnings"][0]
+    assert osora_json("export-lora", folders / "adapter", folders / "lora", "--own-ranks")["warnings"] == []
+
+
+@pytest.mark.parametrize("order", ["adapter base", "base adapter"])
+def test_adapter_and_base_in_either_order(order, folders):
+    """verify wanted one, merge the other; which is which can be seen."""
+    both = [folders / name for name in order.split()]
+    assert osora_json("verify", *both)["ok"]
+    out = folders / "merged"
+    assert len(osora_json("merge", *both, out)["merged"]) == 14
+    wish = osora.merge_saved(folders / "base", folders / "adapter", folders / "wish").folder
+    assert (out / "model.safetensors").read_bytes() == (wish / "model.safetensors").read_bytes()
+
+
+def test_a_bar_is_closed_before_a_line_is_said(folders):
+    """On a terminal the bar's last line ended in the result's first."""
+    pty = pytest.importorskip("pty")
+    master, slave = pty.openpty()
+    words = [sys.executable, "-m", "osora", "merge", "adapter", "base", "merged"]
+    environment = os.environ | {"TERM": "xterm", "COLUMNS": "200"}
+    process = subprocess.Popen(words, cwd=folders, stdout=slave, stderr=slave, stdin=slave, env=environment)
+    os.close(slave)
+    shown = b""
+    try:
+        while block := os.read(master, 4096):
+            shown += block
+    except OSError:  # how a terminal ends
+        pass
+    assert process.wait() == 0
+    plain = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", shown.decode())
+    assert re.search(r"14/14[^\n]*\n(\s*\n)*14 weights merged, ", plain.replace("\r", "")), plain
 
 
 # Command, exit code, words on stderr.

@@ -50,6 +50,21 @@ def test_a_new_card(saved):
     osora.load_adapter(tiny_llama(), saved)
 
 
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("./models/my-llama", "a folder named my-llama; loading checks"),
+        ("/home/someone/x", "a folder named x; loading checks"),
+        (None, "not named in the file; loading checks"),
+    ],
+)
+def test_a_base_that_is_a_folder_is_not_said_to_have_no_name(name, words, tmp_path):
+    model = adapted()
+    model.name_or_path = name
+    osora.save_adapter(model, tmp_path)
+    assert f"| base model | {words}" in (tmp_path / "README.md").read_text()
+
+
 def test_a_path_of_this_machine_is_not_told(tmp_path):
     path = tmp_path / "adapter/README.md"
     for name in (str(tmp_path), "./models/x", "models/a/b", "a|b\n# c"):

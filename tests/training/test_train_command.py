@@ -3,8 +3,10 @@
 
 import json
 import math
+import os
 import re
 import shutil
+import signal
 from dataclasses import fields
 from pathlib import Path
 
@@ -26,6 +28,7 @@ for package in ("accelerate", "yaml", "huggingface_hub", "typer"):
 from osora.finetuning import TrainSettings, read_settings  # noqa: E402
 from osora.finetuning import data as data_module  # noqa: E402
 from osora.finetuning import loop as loop_module  # noqa: E402
+from osora.finetuning.listener import heeding_sigterm  # noqa: E402
 
 DOCUMENT = ROOT / "docs/cli.md"
 
@@ -122,6 +125,92 @@ def test_interrupted_and_resumed_is_as_uninterrupted(changes, here, monkeypatch)
     assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
     assert any(value.abs().max() > 0 for name, value in ours.items() if name.endswith("_s.weight"))
     assert "the run is finished" in osora_json("train", "run.json", "--resume", code=2)["error"]
+
+
+def test_sigterm_ends_with_a_checkpoint_from_which_it_goes_on(here):
+    """As a scheduler sends it; the run that goes on ends with the bits of a whole one."""
+    whole = osora_json("train", write("run.json", settings(save_steps=100)))
+    program = """
+import os, signal, sys
+from osora.cli import main
+from osora.finetuning import loop
+step = loop.Told.on_step_end
+def on_step_end(self, args, state, control, **more):
+    if state.global_step == 3:
+        os.kill(os.getpid(), signal.SIGTERM)
+    step(self, args, state, control, **more)
+loop.Told.on_step_end = on_step_end
+print(main(["train", "run.json", "--output", "cut", "--json"]))
+"""
+    said = run_python(program)
+    assert said.split()[-1] == "143" and "stopped by SIGTERM after step 3 of 6" in said and "--resume" in said
+    assert not Path("cut/report.json").exists() and Path("cut/checkpoints/checkpoint-3/trainer_state.json").exists()
+    resumed = osora_json("train", "run.json", "--output", "cut", "--resume")
+    assert resumed["losses"] == whole["losses"]
+    ours, theirs = adapter("cut"), adapter("run")
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+def test_a_second_sigterm_is_not_heeded_and_the_handler_goes():
+    before = signal.getsignal(signal.SIGTERM)
+    with heeding_sigterm() as request:
+        assert not request.made and signal.getsignal(signal.SIGTERM) is not before
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert request.made and signal.getsignal(signal.SIGTERM) is before
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_ctrl_c_says_what_to_do(here, monkeypatch):
+    interrupt(monkeypatch, 1)
+    error = osora_json("train", write("run.json", settings()), code=130)["error"]
+    assert error == "interrupted: --resume goes on from the last checkpoint"
+
+
+def test_a_run_is_made_longer(here, monkeypatch):
+    """With a constant schedule to the bits of a run that was as long from the start; finished or interrupted."""
+    usual = {"schedule": "constant", "warmup": 0, "eval_data": None, "eval_steps": None}
+    whole = osora_json("train", write("long.json", settings(**usual, output="long")))
+    osora_json("train", write("short.json", settings(**usual, output="short", steps=2)))
+    longer = osora_json("train", "short.json", "--resume", "--steps", 4)
+    assert longer["steps"] == 4 and longer["losses"]["training"] == whole["losses"]["training"][:4]
+    with monkeypatch.context() as change:
+        interrupt(change, 5)
+        osora_json("train", "short.json", "--resume", "--steps", 6, code=130)
+    assert not Path("short/report.json").exists()
+    assert "steps was 6, is 4" in osora_json("train", "short.json", "--resume", "--steps", 4, code=2)["error"]
+    done = osora_json("train", "short.json", "--resume", "--steps", 6)
+    assert done["steps"] == 6 and done["losses"] == whole["losses"]
+    ours, theirs = adapter("short"), adapter("long")
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    again = osora_json("train", "short.json", "--resume", "--steps", 6, code=2)["error"]
+    assert "the run is finished" in again and "lengthen it" in again
+    unit = osora_json("train", "short.json", "--resume", "--epochs", 9, code=2)["error"]
+    assert "was to have 6 steps: say its new length as steps too" in unit
+
+
+def test_a_run_of_epochs_is_made_longer(here):
+    osora_json("train", *SMALL, "--output", "run")  # one epoch, unsaid
+    longer = osora_json("train", *SMALL, "--output", "run", "--resume", "--epochs", "1.5")
+    assert longer["steps"] == 9 and longer["resumed_from"] == "run/checkpoints/checkpoint-6"
+    error = osora_json("train", *SMALL, "--output", "run", "--resume", "--steps", "20", code=2)["error"]
+    assert "was to have 1.5 epochs" in error
+
+
+@pytest.mark.parametrize("changes", [{"adapter": {"dropout": 0.1}}, {"method": "sorsa", "save_basis": False}])
+def test_a_run_begins_with_an_adapter(changes, here):
+    """With its method, rank and options, and with what it has learnt."""
+    osora_json("train", write("run.json", settings(**changes)))
+    more = ["--data", "data.jsonl", "--eval-data", "eval.jsonl", "--steps", 1, "--device", "cpu"]
+    report = osora_json("train", "--model", "base", *more, "--start", "run/adapter", "--output", "more", "--lr", "1e-9")
+    first = json.loads(Path("run/report.json").read_text())
+    assert report["settings"]["rank"] == 4 and report["settings"]["method"] == first["settings"]["method"]
+    assert report["settings"]["save_basis"] == first["settings"]["save_basis"]
+    assert report["losses"]["evaluation"][0][1] == pytest.approx(first["losses"]["evaluation"][-1][1], abs=1e-5)
+    assert osora.adapter_info("more/adapter").config == osora.adapter_info("run/adapter").config
+    for given, words in ((["--rank", "8"], "r is 4 there, 8 here"), (["--start", "nowhere"], "no adapter here")):
+        command = ["train", "--model", "base", *more, "--start", "run/adapter", "--output", "x", *given]
+        assert words in osora_json(*command, code=2)["error"]
+        assert not Path("x").exists()
 
 
 def test_it_learns_and_writes_what_loads(here):
@@ -245,6 +334,18 @@ def test_what_is_refused_before_the_model_is_loaded(case, here, monkeypatch):
         ('{"text": "w3 w4"}\n\n{"text": \n', "line 3: not JSON"),
         ('{"instruction": "w3"}', "line 1: needs .*the fields found are: 'instruction'"),
         ('{"messages": [{"role": "user", "content": "w3"}]}', "line 1: 'messages' must be a list of at least two"),
+        (
+            r'{"text": "w3 w4"}' + "\n" + r'{"text": "w3 \ud83d"}',
+            r"line 2: 'text' has half a character, \\ud83d at position 3",
+        ),
+        (r'{"prompt": "\udca9 w3", "completion": "w4"}', r"line 1: 'prompt' has half a character, \\udca9 .*whole or"),
+        (
+            r'{"messages": [{"role": "user", "content": "w3"}, {"role": "assistant", "content": "\ud83d"}]}',
+            "line 1, message 2: 'content' has half a character",
+        ),
+        ('{"text": "w3 w4"}\n{"text": ' + "[" * 100_000 + "]" * 100_000 + "}", "line 2: nested too deeply"),
+        ('{"text": ' + '{"a":' * 100_000 + "1" + "}" * 100_000 + "}", "line 1: nested too deeply"),
+        ('{"text": ' + "1" * 5000 + "}", "line 1: .*digits"),
     ],
 )
 def test_bad_data_is_refused_with_its_line(content, words, here):
@@ -252,6 +353,50 @@ def test_bad_data_is_refused_with_its_line(content, words, here):
     for key in ("data", "eval_data"):
         error = osora_json("train", write("run.json", settings(**{key: "bad.jsonl"})), code=2)["error"]
         assert re.search(words, error) and "bad.jsonl" in error
+    assert not Path("run").exists()
+
+
+MARKED = (
+    "{% for m in messages %}{{ m['role'] }} w9 {{ m['content'] | trim }}MARK{% endfor %}"
+    "{% if add_generation_prompt %}assistant w9 {% endif %}"
+)
+
+
+@pytest.mark.parametrize(
+    ("mark", "kept"),
+    [("\n", "\n"), ("", ""), (" \n\n", " \n\n"), (" w96 \n", " w96"), (" </s>\n", " </s>")],
+    ids=["newline", "nothing", "blanks", "a word", "an end token"],
+)
+@pytest.mark.parametrize("answer", ["w5 w6", " w5 w6\n", "w96"])
+def test_answers_end_in_a_mark_or_an_end_token(mark, kept, answer):
+    """Without one a model never learns to stop, and the line break that the template puts there was cut."""
+    words = tokenizer()
+    words.add_tokens(["\n"])
+    words.chat_template = MARKED.replace("MARK", mark.replace("\n", "\\n").join(("{{ '", "' }}")) if mark else "")
+    row = data_module.parse_row({"prompt": "w3", "completion": answer}, "here")
+    example = data_module.encode(words, row, 64)
+    wish = words(answer.strip() + kept, add_special_tokens=False).input_ids
+    assert example.answer == wish + ([] if kept.strip() else [words.eos_token_id])
+    assert example.prompt == words("user w9 w3" + mark + "assistant w9 ", add_special_tokens=False).input_ids
+
+
+def test_an_answer_that_the_template_rewrites_has_its_end_too():
+    words = tokenizer()
+    words.chat_template = MARKED.replace("m['content'] | trim", "m['content'] | upper").replace("MARK", "\n")
+    row = data_module.parse_row({"prompt": "w3", "completion": "w5"}, "here")
+    assert data_module.encode(words, row, 64).answer[-1] == words.eos_token_id
+
+
+@pytest.mark.parametrize("template", [MARKED.replace("MARK", "\n"), None])
+def test_no_mark_and_no_end_token_is_an_error_that_names_the_template(template, here):
+    Path("base").unlink()
+    tiny_llama().save_pretrained("base")
+    words = tokenizer()
+    words.chat_template, words.eos_token = template, None
+    words.save_pretrained("base")
+    error = osora_json("train", write("run.json", settings(data="questions.jsonl")), code=2)["error"]
+    assert "questions.jsonl, line 1" in error and "no end token" in error and "chat_template" in error
+    assert ("chat template ends an answer with '\\n', which is no mark" if template else "no chat template") in error
     assert not Path("run").exists()
 
 
@@ -263,6 +408,7 @@ def test_bad_data_is_refused_with_its_line(content, words, here):
         ("run.yaml", "lr: 1\nlr: 2\n", "'lr' is given twice"),
         ("run.json", '{"lr": 1, "lr": 2}', "'lr' is given twice"),
         ("run.toml", "lr = ", "run.toml: "),
+        ("run.json", '{"lr": ' + "[" * 100_000, "run.json: nested too deeply"),
         ("run.yaml", "- lr\n", "must map settings to values"),
     ],
 )

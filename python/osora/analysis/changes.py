@@ -194,11 +194,21 @@ def chosen(names: Iterable[str], modules: str | Sequence[str] | None) -> list[st
 def _pairs(before: Source, after: Source, modules: str | Sequence[str] | None) -> Iterator[tuple[str, Tensor, Tensor]]:
     first, second = Weights(before, adapter=before is not after), Weights(after)
     common = [name for name in first if name in second]
+    alone = [*sorted(first.needed - set(second)), *sorted(second.needed - set(first))]
     if not common:
         raise ValueError(
             f"no matrix has the same name in both: {next(iter(first))!r} here, {next(iter(second))!r} there"
         )
-    for name in chosen(common, modules):
+    names = chosen([*common, *alone], modules)
+    if missing := [name for name in names if name in alone]:
+        more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
+        there = second if missing[0] in first else first
+        raise ValueError(
+            f"{len(missing)} of the model's linear layers have no weight of their name on the other side: "
+            f"{', '.join(missing[:3])}{more} (it has {next(iter(there))}, say). Give both as models, loaded by their "
+            "class's from_pretrained, if a checkpoint has other names; or name the layers that are meant with modules="
+        )
+    for name in names:
         yield name, first[name], second[name]
 
 
@@ -220,7 +230,8 @@ def weight_changes(
             A model's adapter counts, merged or not: ours, or one of PEFT whose layers have ``get_delta_weight``.
         rank: triplets to compare, None for all of them.
         modules: names that module names end in, or a regular expression for whole names; by default all matrices
-            that both have (of a folder or a mapping, embeddings are among them).
+            that both have (of a folder or a mapping, embeddings are among them), and every linear layer of a model,
+            but for a head with the embedding's weight.
         tol: of the decompositions.
         seed: of the decompositions.
 
@@ -228,8 +239,8 @@ def weight_changes(
         A sequence of :class:`WeightChange`, with ``mean``, ``to_dict()`` and ``save(path)``.
 
     Raises:
-        ValueError: nothing in common, shapes that differ, no ``after`` for what has no adapter, what
-            :func:`weight_change` raises.
+        ValueError: nothing in common, a model's layer that the other side does not have, shapes that differ, no
+            ``after`` for what has no adapter, what :func:`weight_change` raises.
         FileNotFoundError: no such folder.
     """
     if after is None:

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The matrices of a model's linear layers by module name, one at a time: of a model, a checkpoint or a mapping."""
 
-from collections.abc import Callable, Iterator, Mapping
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -29,16 +30,21 @@ class Weights(Mapping[str, Tensor]):
 
     def __init__(self, source: Source, *, adapter: bool = True) -> None:
         """``adapter=False`` takes the base weights of an adapted model. Raises ValueError where nothing is found."""
+        self.needed: frozenset[str] = frozenset()  # a model's own layers; a folder has other matrices, too
         if isinstance(source, nn.Module):
             self._get, what = of_model(source, adapter), "this model has no linear layers"
+            self.needed = frozenset(self._get) - _tied(source)
         elif isinstance(source, Mapping):
-            self._get = {name: _given(tensor) for name, tensor in _matrices(source)}
+            names = module_names(source)
+            self._get = {names[key]: _given(t) for key, t in source.items() if key in names and t.dim() == 2}
             what = "the mapping holds no matrices named *.weight"
         else:
             folder = BaseFolder(source)
-            keys = [(name, key) for name, key in folder.as_in_model().items() if name.endswith(".weight")]
-            matrices = [(name, key) for name, key in keys if len(folder.tensors[key].shape) == 2]
-            self._get = {module_name(name): partial(folder.tensor, key) for name, key in matrices}
+            in_model = folder.as_in_model()
+            names = module_names(in_model)
+            matrices = [(name, key) for name, key in in_model.items() if name in names]
+            matrices = [(name, key) for name, key in matrices if len(folder.tensors[key].shape) == 2]
+            self._get = {names[name]: partial(folder.tensor, key) for name, key in matrices}
             what = f"{source} holds no matrices named *.weight"
         if not self._get:
             raise ValueError(what)
@@ -59,15 +65,40 @@ def _given(tensor: Tensor) -> Callable[[], Tensor]:
     return lambda: tensor.detach()
 
 
-def _matrices(tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
-    for name, tensor in tensors.items():
-        if name.endswith(".weight") and tensor.dim() == 2:
-            yield module_name(name), tensor
+# What stands beside the base layer within a layer with an adapter, by the names that osora and PEFT give it.
+_ADAPTERS = re.compile(r"(U|V|S0|o|s|u|v|\w*(?:lora|osora|sorsa|vera|oft|ia3|hada|lokr|hra|shira|miss|road)_\w*)(\.|$)")
 
 
-def module_name(key: str) -> str:
-    """The name of the module a tensor belongs to, as in the model without PEFT's wrapper."""
-    return key.removesuffix(".weight").removeprefix(_PEFT_PREFIX).replace(".base_layer", "")
+def module_names(keys: Iterable[str]) -> dict[str, str]:
+    """Tensor → its module's name as in the model without adapters, of the tensors named ``*.weight``.
+
+    ``base_layer`` is left out where an adapter is beside it, and not where a model has a module of that name.
+
+    Raises:
+        ValueError: two tensors would be of one module.
+    """
+    given = list(keys)
+    keys = [key.removeprefix(_PEFT_PREFIX) for key in given]
+    adapted = {
+        f"{key[: dot.end()]}base_layer."
+        for key in keys
+        for dot in re.finditer(r"\.", key)
+        if _ADAPTERS.match(key, dot.end())
+    }
+    found: dict[str, str] = {}
+    taken: dict[str, str] = {}
+    for key, whole in zip(keys, given, strict=True):
+        if not key.endswith(".weight"):
+            continue
+        parts, plain = key.split("."), list[str]()
+        for i, part in enumerate(parts):
+            if part != "base_layer" or ".".join(parts[: i + 1]) + "." not in adapted:
+                plain.append(part)
+        name = ".".join(plain).removesuffix(".weight")
+        if name in taken:
+            raise ValueError(f"{taken[name]} and {whole} are both the weight of {name}: give one of them")
+        found[whole], taken[name] = name, whole
+    return found
 
 
 # -- models ------------------------------------------------------------------------------------------------------------
@@ -77,13 +108,28 @@ def of_model(model: nn.Module, adapter: bool) -> dict[str, Callable[[], Tensor]]
     found: dict[str, Callable[[], Tensor]] = {}
     inside: set[nn.Module] = set()
     for name, module in uncompiled(model).named_modules():
-        base = getattr(module, "base_layer", None)
-        if isinstance(base, nn.Module) and _is_linear(base):
+        plain = name.removeprefix(_PEFT_PREFIX)
+        if _has_adapter(module) and _is_linear(module.base_layer):
             inside.update(module.modules())
-            found[module_name(name)] = _adapted(name, module, adapter)
+            found[plain] = _adapted(name, module, adapter)
         elif module not in inside and _is_linear(module):
-            found[module_name(name)] = _plain(name, module)
+            found[plain] = _plain(name, module)
     return found
+
+
+def _has_adapter(module: Any) -> bool:
+    """Whether it is a layer of ours or of PEFT's around its base, and no module that has one named so."""
+    return isinstance(module, AdaptedLinear) or (hasattr(module, "base_layer") and hasattr(module, "get_base_layer"))
+
+
+def _tied(model: nn.Module) -> set[str]:
+    """Linear layers with an embedding's weight, which a checkpoint has once, by the embedding's name."""
+    embeddings = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
+    return {
+        name.removeprefix(_PEFT_PREFIX)
+        for name, module in uncompiled(model).named_modules()
+        if _is_linear(module) and id(module.weight) in embeddings
+    }
 
 
 def _is_linear(module: nn.Module) -> bool:
@@ -137,4 +183,4 @@ def _of_peft(name: str, module: Any, adapter: bool) -> Tensor:
     return sum((delta.to(weight.dtype) for delta in oriented), weight)
 
 
-__all__ = ["Source", "Weights", "module_name"]
+__all__ = ["Source", "Weights", "module_names"]

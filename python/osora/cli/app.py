@@ -13,6 +13,7 @@ import typer
 import osora
 from osora.cli.output import REFUSED, Output, command, print_json, silence, whole_bytes
 from osora.cli.train import train
+from osora.files.format import CONFIG_FILE
 
 app = typer.Typer(
     name="osora",
@@ -23,11 +24,11 @@ app = typer.Typer(
     help="""Fine-tune Hugging Face models by training only singular values and output scales.
 
     An adapter is a folder that `osora.save_adapter` or `osora train` wrote. A base is a folder with a model in
-    safetensors files, as `model.save_pretrained` writes it. Nothing is downloaded.
+    safetensors files, as `model.save_pretrained` writes it. Nothing is downloaded. ADAPTER and BASE may change places.
 
     **Exit codes**: 0 done; 1 refused: a damaged adapter, another base, a check that failed; 2 not usable: a wrong
     option, a file that is not there, an output that is; 3 a package is missing; 4 unexpected, out of memory say; 130
-    interrupted; 141 the pipe that stdout goes to is closed.
+    interrupted; 141 the pipe that stdout goes to is closed; 143 a training was stopped by SIGTERM, with a checkpoint.
     """,
 )
 
@@ -38,6 +39,13 @@ MaxMemory = Annotated[
     int | None,
     typer.Option(help="Bytes that computing a basis again may take.", metavar="BYTES", min=1, show_default=False),
 ]
+
+
+def _in_order(adapter: Path, base: Path) -> tuple[Path, Path]:
+    """Adapter and base, whichever was named first: the adapter's folder is the one that has an adapter's config."""
+    if (base / CONFIG_FILE).is_file() and not (adapter / CONFIG_FILE).is_file():
+        return base, adapter
+    return adapter, base
 
 
 def _version(wanted: bool) -> None:
@@ -134,6 +142,7 @@ def verify(adapter: Adapter, base: Base, max_memory: MaxMemory = None, json: Jso
     `osora verify my-adapter ./SmolLM2-135M`
     """
     with command(json) as output:
+        adapter, base = _in_order(adapter, base)
         found = osora.verify_adapter(adapter, base, max_memory=max_memory, progress=output.bars)
         bad = [module for module in found.modules if not module.ok]
         rounded = sum(not module.same_bits for module in found.modules)
@@ -158,8 +167,8 @@ def verify(adapter: Adapter, base: Base, max_memory: MaxMemory = None, json: Jso
 
 @app.command()
 def merge(
-    base: Base,
     adapter: Adapter,
+    base: Base,
     out: Annotated[Path, typer.Argument(help="Folder to write; it must not exist.", show_default=False)],
     max_memory: MaxMemory = None,
     json: Json = False,
@@ -171,10 +180,12 @@ def merge(
 
     **Examples**
 
-    `osora merge ./SmolLM2-135M my-adapter ./SmolLM2-135M-tuned`
+    `osora merge my-adapter ./SmolLM2-135M ./SmolLM2-135M-tuned`
     """
-    with command(json) as output, output.bar("merging") as step:
-        done = osora.merge_saved(base, adapter, out, max_memory=max_memory, progress=output.bars, on_weight=step)
+    with command(json) as output:
+        adapter, base = _in_order(adapter, base)
+        with output.bar("merging") as step:  # closed before a line is said, which would go on in the bar's
+            done = osora.merge_saved(base, adapter, out, max_memory=max_memory, progress=output.bars, on_weight=step)
         output.say(f"{len(done.merged)} weights merged, {len(done.copied)} other files copied, into {done.folder}")
         if done.left_out:
             output.say(f"left out: {', '.join(done.left_out)}")
@@ -191,8 +202,13 @@ def export_lora(
         typer.Option(help="Folder of the base model; needed for an adapter without its basis.", show_default=False),
     ] = None,
     equal_ranks: Annotated[
-        bool, typer.Option("--equal-ranks", help="Fill up to the largest rank, for programs that know one rank only.")
-    ] = False,
+        bool | None,
+        typer.Option(
+            "--equal-ranks/--own-ranks",
+            help="Fill up to the largest rank, for programs that know one rank only; or say that none is meant.",
+            show_default=False,
+        ),
+    ] = None,
     json: Json = False,
 ) -> None:
     """Write an adapter as a plain LoRA, which PEFT and others load without osora.

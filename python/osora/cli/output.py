@@ -17,8 +17,9 @@ from rich.table import Table
 from rich.text import Text
 
 from osora import AdapterError, ConvergenceError
+from osora.finetuning.listener import Stopped
 
-REFUSED, UNUSABLE, MISSING, UNEXPECTED, INTERRUPTED, PIPE_CLOSED = 1, 2, 3, 4, 130, 141
+REFUSED, UNUSABLE, MISSING, UNEXPECTED, INTERRUPTED, PIPE_CLOSED, TERMINATED = 1, 2, 3, 4, 130, 141, 143
 
 
 class _Console(Console):
@@ -116,7 +117,9 @@ def command(as_json: bool, extra: str = "cli") -> Iterator[Output]:
     except (OSError, ValueError, TypeError) as error:
         raise fail(error, UNUSABLE) from error
     except KeyboardInterrupt as error:
-        raise fail(error, INTERRUPTED) from error
+        raise fail(KeyboardInterrupt(str(error) or "interrupted"), INTERRUPTED) from error
+    except Stopped as error:
+        raise fail(error, TERMINATED) from error
     except (typer.Exit, typer.Abort):
         raise
     except Exception as error:  # out of memory, or a fault of ours

@@ -54,6 +54,7 @@ def train(
     target_modules: Annotated[
         list[str] | None, _option("Name that the layers' names end in; may be given several times.", metavar="NAME")
     ] = None,
+    start: Annotated[Path | None, _option("Folder of a saved adapter to begin with.", metavar="ADAPTER")] = None,
     save_basis: Annotated[bool | None, _option("Whether U and V are saved, too.")] = None,
     max_length: Annotated[int | None, _option("Most tokens of a row; longer ones are left out.")] = None,
     steps: Annotated[int | None, _option("Optimiser steps, instead of --epochs.")] = None,
@@ -77,7 +78,8 @@ def train(
     nothing is downloaded. A line of the data is an object with messages (role, content; the last one the assistant's),
     with prompt and completion, or with text. The loss counts the answer's tokens only; of text, all.
 
-    Everything is checked before the model is loaded. Interrupted, the run goes on with `--resume`, to the same bits.
+    Everything is checked before the model is loaded. Interrupted, the run goes on with `--resume`, to the same bits;
+    with more `--steps` or `--epochs` it is made longer. SIGTERM stops it after the step that runs, with a checkpoint.
 
     **Examples**
 
@@ -88,6 +90,10 @@ def train(
     `osora train --model ./SmolLM2-135M --data chats.jsonl --output run --steps 300`
 
     `osora train run.yaml --resume`
+
+    `osora train run.yaml --resume --steps 600`
+
+    `osora train run.yaml --start runs/r32/adapter --output runs/further`
     """
     given = {name: value for name, value in locals().items() if name not in ("config", "json") and value is not None}
     with command(json, "train") as shown:
@@ -102,6 +108,9 @@ def train(
                 settings.pop(other, None)  # the option is instead of the file's
         checked = TrainSettings.from_dict(settings | given)
         with shown.bar("training") as step:
-            report = finetune(checked, listener=_Shown(shown, step), progress=shown.bars)
+            try:
+                report = finetune(checked, listener=_Shown(shown, step), progress=shown.bars)
+            except KeyboardInterrupt as error:
+                raise KeyboardInterrupt("interrupted: --resume goes on from the last checkpoint") from error
         _show(shown, report)
         shown.finish(report)

@@ -33,6 +33,12 @@ def _base_on_hub(info: AdapterInfo) -> str | None:
     return name if on_hub else None
 
 
+def _unpublished(info: AdapterInfo) -> str:
+    folder = re.sub(r"[^\w .+-]", "_", Path(info.base_model or "").name)  # its path is nobody's business
+    named = f"a folder named {folder}" if folder else "not named in the file"
+    return f"{named}; loading checks that it is the right one"
+
+
 def _section(info: AdapterInfo, with_peft: bool) -> str:
     title, paper = _PAPERS[info.method]
     least, most = info.ranks
@@ -42,7 +48,7 @@ def _section(info: AdapterInfo, with_peft: bool) -> str:
     exact = "every triplet within it" if info.converged else "**not every triplet within it**"
     rows = {
         "method": f"{title} ([arXiv {paper}](https://arxiv.org/abs/{paper})), trained with osora",
-        "base model": base or "not named in the file; loading checks that it is the right one",
+        "base model": base or _unpublished(info),
         "adapted layers": f"{len(info.modules)}, weights in {', '.join(sorted({m.dtype for m in info.modules}))}",
         "rank": str(most) if least == most else f"{least} to {most}",
         "trained numbers": f"{info.trainable:,}",

@@ -1,10 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """An adapter as an ordinary LoRA of PEFT, which needs no osora: B = D and A = Vᵀ, since ΔW = D Vᵀ (docs/export.md)."""
 
+import json
 import os
 import re
+import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +16,10 @@ from osora.files.adapter import load_adapter
 from osora.files.base_folder import BaseFolder
 from osora.files.format import holds_adapter, write_adapter
 from osora.files.info import adapter_info, stored_changes
-from osora.layers.base_weight import is_conv1d
-from osora.model.state import adapted_layers, state_of
+from osora.files.lora import Reader, heads_named_by, heads_of, model_options
+from osora.layers.adapted import AdaptedLinear
+from osora.layers.base_weight import dense_weight, is_conv1d
+from osora.model.state import adapted_layers, all_layers, state_of
 from osora.model.targets import base_modules
 
 # Endings of transformers' class names, and what PEFT calls their tasks.
@@ -40,18 +44,16 @@ class _Source:
     """Whether layers store their weight as [in, out]."""
     base_name: str | None
     task: str | None
-    others: tuple[str, ...] = ()
-    """Names of the model's other modules, as far as they are known."""
+    model: Reader
+    whole: dict[str, Tensor] = field(default_factory=dict)
+    """The tensors of modules that PEFT saves whole for this task, by their names in the model."""
 
 
 def _task(architecture: str | None) -> str | None:
     return next((task for end, task in _TASKS.items() if (architecture or "").endswith(end)), None)
 
 
-def _from_model(model: nn.Module, name: str | None) -> _Source:
-    adapter = state_of(model).active if name is None else name
-    state_of(model).of(adapter)
-    layers = adapted_layers(model, adapter)
+def _refuse_shared(model: nn.Module, layers: Mapping[str, AdaptedLinear]) -> None:
     names_of: dict[int, list[str]] = {}
     for module_name, module in base_modules(model):
         names_of.setdefault(id(module), []).append(module_name)
@@ -61,46 +63,78 @@ def _from_model(model: nn.Module, name: str | None) -> _Source:
                 f"{module_name} is one module with the names {', '.join(names)}; PEFT puts a LoRA under the first of "
                 "them alone, and the others would lose the adapter: merge it instead"
             )
-    bases = {id(layer.base_layer) for layer in layers.values()}
+
+
+def _whole_modules(model: nn.Module, heads: list[str], factors: Factors) -> dict[str, Tensor]:
+    """The tensors within ``heads`` with the adapter merged in, which PEFT reads as modules trained whole."""
+    found: dict[str, Tensor] = {}
+    for name, module in base_modules(model):
+        own = any(name == head or name.startswith(f"{head}.") for head in heads)
+        if not own or any(name.startswith(f"{adapted}.") for adapted in all_layers(model)):
+            continue
+        kept = {**module._parameters, **module._buffers}
+        skipped = module._non_persistent_buffers_set
+        found |= {f"{name}.{key}": t.detach() for key, t in kept.items() if t is not None and key not in skipped}
+        if name in factors:
+            left, right = factors[name]
+            weight = dense_weight(module).detach()
+            merged = (weight.to(left.dtype) + left @ right.to(left.dtype).t()).to(weight.dtype)
+            found[f"{name}.weight"] = merged.t() if is_conv1d(module) else merged
+    return found
+
+
+def _from_model(model: nn.Module, name: str | None) -> _Source:
+    adapter = state_of(model).active if name is None else name
+    state_of(model).of(adapter)
+    layers = adapted_layers(model, adapter)
+    _refuse_shared(model, layers)
+    task = _task(type(model).__name__)
+    names = list(dict.fromkeys(module_name for module_name, _ in base_modules(model)))
+    heads = heads_of(task, names)
+    factors = {module_name: layer.delta_factors(adapter) for module_name, layer in layers.items()}
+    whole = _whole_modules(model, heads, factors)
     return _Source(
-        {module_name: layer.delta_factors(adapter) for module_name, layer in layers.items()},
+        {key: value for key, value in factors.items() if f"{key}.weight" not in whole},
         any(is_conv1d(layer.base_layer) for layer in layers.values()),
         getattr(model, "name_or_path", None) or None,
-        _task(type(model).__name__),
-        tuple(module_name for module_name, module in base_modules(model) if id(module) not in bases),
+        task,
+        Reader.of(names, model_options(model), heads),
+        whole,
     )
+
+
+def _config_of(folder: str | None) -> dict[str, Any]:
+    """``config.json`` of the base that an adapter names, if it is a folder that is here."""
+    path = Path(folder or "") / "config.json"
+    try:
+        found = json.loads(path.read_text(encoding="utf-8")) if folder and path.is_file() else {}
+    except (OSError, ValueError, RecursionError):
+        return {}  # nobody asked to read it
+    return found if isinstance(found, dict) else {}
 
 
 def _from_folder(folder: Path, base: str | os.PathLike[str] | None) -> _Source:
     info = adapter_info(folder)
     if base is None:
-        return _Source(stored_changes(folder), False, info.base_model, info.task)
+        factors = stored_changes(folder)
+        task = None if heads_named_by(info.task) else info.task
+        return _Source(factors, False, info.base_model, task, Reader.of(list(factors), _config_of(info.base_model)))
     checkpoint = BaseFolder(base)
     places = checkpoint.places(info)
     model = load_adapter(checkpoint.stand_in(places), folder)
     architectures = checkpoint.config.get("architectures")
+    task = info.task or _task(architectures[0] if isinstance(architectures, list) and architectures else None)
+    factors = {name: layer.delta_factors(state_of(model).active) for name, layer in adapted_layers(model).items()}
     return _Source(
-        {name: layer.delta_factors(state_of(model).active) for name, layer in adapted_layers(model).items()},
+        factors,
         any(place.transposed for place in places.values()),
         info.base_model or str(base),
-        info.task or _task(architectures[0] if isinstance(architectures, list) and architectures else None),
+        None if heads_named_by(task) else task,
+        Reader.of(list(factors), checkpoint.config),
     )
 
 
-def _patterns(ranks: Mapping[str, int], usual: int) -> dict[str, int]:
-    """Anchored: PEFT takes them for regular expressions of a name's end."""
-    return {f"^{re.escape(name)}": rank for name, rank in ranks.items() if rank != usual}
-
-
-def _targets(names: list[str], others: tuple[str, ...]) -> list[str] | str:
-    """The modules by their whole names, or an expression where PEFT would take such a name for another's end."""
-    ends = tuple(f".{name}" for name in names)
-    if any("." not in name for name in names) or any(f".{name}".endswith(ends) for name in others):
-        return "|".join(re.escape(name) for name in names)
-    return sorted(names)
-
-
-def _config(source: _Source, ranks: dict[str, int]) -> dict[str, Any]:
+def _config(source: _Source, ranks: Mapping[str, int]) -> dict[str, Any]:
     usual = max(ranks.values())
     return {
         "peft_type": "LORA",
@@ -108,17 +142,60 @@ def _config(source: _Source, ranks: dict[str, int]) -> dict[str, Any]:
         "base_model_name_or_path": source.base_name,
         "inference_mode": True,
         "r": usual,
-        "lora_alpha": usual,  # over r it is the scale of B A: one
-        "rank_pattern": _patterns(ranks, usual),
-        "alpha_pattern": _patterns(ranks, usual),
-        "target_modules": _targets(list(ranks), source.others),
+        "lora_alpha": usual,  # for every layer: over its own rank it is the scale that its B is divided by
+        "rank_pattern": {f"^{re.escape(name)}": rank for name, rank in ranks.items() if rank != usual},
+        "alpha_pattern": {},
+        **source.model.targets(list(ranks)),
         "lora_dropout": 0.0,
         "fan_in_fan_out": source.conv1d,
         "bias": "none",
-        "modules_to_save": None,
+        "modules_to_save": sorted({name.rpartition(".")[2] for name in source.model.heads}) or None,
         "use_rslora": False,
         "use_dora": False,
     }
+
+
+def _refuse_meaningless(source: object, path: Path, base: object, name: str | None) -> None:
+    if holds_adapter(path):
+        raise ValueError(f"{path} holds an adapter, which a LoRA of the same file names would replace")
+    if not isinstance(source, nn.Module):
+        if name is not None:
+            raise ValueError("name is for a model: the folder of a saved adapter holds one adapter")
+        return
+    if base is not None:
+        raise ValueError("base is for the folder of a saved adapter: a model has its base")
+    if getattr(source, "peft_config", None):
+        raise ValueError(
+            "the model has its adapters by PEFT: save one with model.save_pretrained(folder), and then call "
+            "osora.export_lora(folder, path)"
+        )
+
+
+def _equalised(source: _Source, equal_ranks: bool | None) -> Factors:
+    """The factors, filled with zeros where a reader needs the largest rank. Raises for values that are not finite."""
+    for module, factors in source.factors.items():
+        if not all(bool(each.isfinite().all()) for each in factors):
+            raise ValueError(f"{module} has NaN or infinite values; nothing is exported")
+    if not source.factors:
+        raise ValueError(
+            f"every adapted layer is within {', '.join(source.model.heads)}, which PEFT saves whole for this task, so "
+            "that there is no LoRA to write: save the model with osora.merge instead"
+        )
+    ranks = {left.shape[1] for left, _ in source.factors.values()}
+    found = dict(source.factors)
+    for module, factors in source.factors.items():
+        if equal_ranks or source.model.is_parameter(module):
+            missing = max(ranks) - factors[0].shape[1]
+            found[module] = (nn.functional.pad(factors[0], (0, missing)), nn.functional.pad(factors[1], (0, missing)))
+    if len(ranks) > 1 and equal_ranks is None:
+        warnings.warn(
+            f"layers have ranks from {min(ranks)} to {max(ranks)}: PEFT and llama.cpp read this LoRA as it is, and "
+            "programs that divide one lora_alpha by one r for all layers (vLLM, SGLang) read another change. For them "
+            "export with equal_ranks=True; equal_ranks=False says that none of them is meant",
+            RuntimeWarning,
+            stacklevel=3,
+        )
+    return found
 
 
 def export_lora(
@@ -127,12 +204,13 @@ def export_lora(
     base: str | os.PathLike[str] | None = None,
     *,
     name: str | None = None,
-    equal_ranks: bool = False,
+    equal_ranks: bool | None = None,
 ) -> None:
     """Write an adapter as a LoRA that PEFT, and whatever loads PEFT's LoRAs, reads without osora.
 
-    A layer's LoRA has the adapter's rank (SORSA: twice that), a scale of exactly 1, and gives the adapter's weight
-    change up to the rounding of float32 (float64 for a float64 base); there is no decomposition in it.
+    A layer's LoRA has the adapter's rank (SORSA: twice that) and gives the adapter's weight change up to the rounding
+    of float32 (float64 for a float64 base); there is no decomposition in it. One ``lora_alpha`` serves all layers. What
+    PEFT would find by the file is checked before it is written.
 
     Args:
         source: a model with an adapter, or the folder of a saved one.
@@ -140,41 +218,28 @@ def export_lora(
         base: for a folder that was saved without its basis: the folder of the base's checkpoint, from which the basis
             is computed again. Where it is given for another one, the base is checked, and nothing else changes.
         name: which of a model's adapters; None for the active one.
-        equal_ranks: fill layers of smaller rank with zeros up to the largest, for programs that know no
-            ``rank_pattern``. The file grows.
+        equal_ranks: True fills layers of smaller rank with zeros up to the largest: the scale is then 1 under every
+            rule, and the file grows. False leaves them, for PEFT and llama.cpp. None leaves them, with a warning where
+            they differ.
 
     Raises:
         FileNotFoundError: no adapter, or no base, in the folder.
         AdapterError: a damaged adapter, another base, or no basis in the file and no base given.
-        ValueError: the model has no such adapter; a layer that the model has under two names, of which PEFT would adapt
-            one; NaN or infinite values; ``base`` or ``name`` where it has no meaning; ``path`` holds an adapter of
-            osora's, be it this one; a model with PEFT around it, of which the saved folder is to be given.
+        ValueError: the model has no such adapter; layers that PEFT would not find, or that it refuses, by name; a layer
+            that the model has under two names, of which PEFT would adapt one; NaN or infinite values; ``base`` or
+            ``name`` where it has no meaning; ``path`` holds an adapter of osora's, be it this one; a model with PEFT
+            around it, of which the saved folder is to be given.
         OSError: the folder cannot be written.
     """
-    if holds_adapter(Path(path)):
-        raise ValueError(f"{os.fspath(path)} holds an adapter, which a LoRA of the same file names would replace")
-    if isinstance(source, nn.Module):
-        if base is not None:
-            raise ValueError("base is for the folder of a saved adapter: a model has its base")
-        if getattr(source, "peft_config", None):
-            raise ValueError(
-                "the model has its adapters by PEFT: save one with model.save_pretrained(folder), and then call "
-                "osora.export_lora(folder, path)"
-            )
-        found = _from_model(source, name)
-    else:
-        if name is not None:
-            raise ValueError("name is for a model: the folder of a saved adapter holds one adapter")
-        found = _from_folder(Path(source), base)
-    tensors: dict[str, Tensor] = {}
-    ranks: dict[str, int] = {}
-    most = max(left.shape[1] for left, _ in found.factors.values())
-    for module, (left, right) in found.factors.items():
-        if not bool(left.isfinite().all() and right.isfinite().all()):
-            raise ValueError(f"{module} has NaN or infinite values; nothing is exported")
-        if equal_ranks:
-            left, right = (nn.functional.pad(t, (0, most - t.shape[1])) for t in (left, right))
-        ranks[module] = left.shape[1]
-        tensors[f"base_model.model.{module}.lora_A.weight"] = right.to(left.dtype).t().cpu().contiguous()
-        tensors[f"base_model.model.{module}.lora_B.weight"] = left.cpu().contiguous()
-    write_adapter(Path(path), tensors, _config(found, ranks))
+    _refuse_meaningless(source, Path(path), base, name)
+    found = _from_model(source, name) if isinstance(source, nn.Module) else _from_folder(Path(source), base)
+    factors = _equalised(found, equal_ranks)
+    ranks = {module: left.shape[1] for module, (left, _) in factors.items()}
+    config = _config(found, ranks)
+    found.model.check(config, list(ranks))
+    tensors = {f"base_model.model.{key}": tensor.cpu().contiguous() for key, tensor in found.whole.items()}
+    for module, (left, right) in factors.items():
+        A, B = right.to(left.dtype).t(), left * (ranks[module] / config["lora_alpha"])
+        tensors[f"base_model.model.{module}.lora_A.weight"] = A.cpu().contiguous()
+        tensors[f"base_model.model.{module}.lora_B.weight"] = B.cpu().contiguous()
+    write_adapter(Path(path), tensors, config)

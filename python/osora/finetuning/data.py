@@ -14,6 +14,7 @@ Of a conversation, the last assistant message is the answer. The tokenizer's cha
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +62,12 @@ def read_jsonl(path: Path) -> list[Row]:
                 raise DataError(f"{where}: not UTF-8 text ({error.reason} at byte {error.start})") from None
             except json.JSONDecodeError as error:
                 raise DataError(f"{where}: not JSON ({error.msg}, column {error.colno}); one object a line") from None
+            except RecursionError:
+                raise DataError(f"{where}: nested too deeply to be read; an object with {FORMS} is needed") from None
+            except DataError:
+                raise
+            except ValueError as error:  # a number of thousands of digits
+                raise DataError(f"{where}: {error}; an object with {FORMS} is needed") from None
     if not rows:
         raise DataError(f"{path} holds no rows; each line must be an object with {FORMS}")
     return rows
@@ -88,6 +95,13 @@ def _text(fields: dict[str, Any], name: str, where: str) -> str:
     value = fields[name]
     if not isinstance(value, str) or not value.strip():
         raise DataError(f"{where}: {name!r} must be a text that is not empty, got {value!r:.60}")
+    try:
+        value.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise DataError(
+            f"{where}: {name!r} has half a character, \\u{ord(value[error.start]):04x} at position {error.start}, as a "
+            "text has that was cut within an emoji: write the row anew, whole or without it"
+        ) from None
     return value
 
 
@@ -106,7 +120,8 @@ def _parse_messages(messages: Any, where: str) -> Row:
 def encode(tokenizer: Any, row: Row, max_length: int) -> Example | None:
     """A row as token ids, or None if question and answer are longer than max_length. Plain text is cut instead."""
     if not row.context:
-        ids = _ids(tokenizer, row.answer, start=True) + _end(tokenizer)
+        last = tokenizer.eos_token_id  # of plain text an end may be missing: it is not a question's answer
+        ids = _ids(tokenizer, row.answer, start=True) + ([] if last is None else [last])
         if len(ids) < 2:
             raise DataError(f"{row.where}: 'text' is a single token, which leaves nothing to predict")
         return Example(row, [], ids[:max_length])
@@ -119,12 +134,19 @@ def encode(tokenizer: Any, row: Row, max_length: int) -> Example | None:
             raise DataError(f"{row.where}: the model's chat template refuses this conversation: {error}") from error
         if not whole.startswith(before):
             raise DataError(f"{row.where}: the model's chat template rewrites the question once it has an answer")
+        answer, closing = _parted(tokenizer, row, messages, before, whole)
         # Prompt and answer are tokenised apart, as they are when the model generates. The line break that templates
-        # put after the end mark is dropped: it is no part of the answer and too easy to predict.
-        example = Example(row, _ids(tokenizer, before), _ids(tokenizer, whole[len(before) :].rstrip()))
+        # put after the end mark is dropped: it is no part of the answer and too easy to predict. Where there is no
+        # mark it is all that tells the end, and the end token comes after it.
+        if mark := closing.rstrip():
+            example = Example(row, _ids(tokenizer, before), _ids(tokenizer, answer + mark))
+        else:
+            end = _end(tokenizer, row, f"the model's chat template ends an answer with {closing!r}, which is no mark,")
+            example = Example(row, _ids(tokenizer, before), _ids(tokenizer, answer + closing) + end)
     else:
         before = "\n".join(turn["content"] for turn in row.context) + "\n"
-        example = Example(row, _ids(tokenizer, before, start=True), _ids(tokenizer, row.answer) + _end(tokenizer))
+        end = _end(tokenizer, row, "the model has no chat template,")
+        example = Example(row, _ids(tokenizer, before, start=True), _ids(tokenizer, row.answer) + end)
     return example if len(example) <= max_length else None
 
 
@@ -133,8 +155,29 @@ def _ids(tokenizer: Any, text: str, start: bool = False) -> list[int]:
     return first + tokenizer(text, add_special_tokens=False).input_ids
 
 
-def _end(tokenizer: Any) -> list[int]:
-    return [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+def _end(tokenizer: Any, row: Row, why: str) -> list[int]:
+    """The end token, without which a model never learns to stop."""
+    if tokenizer.eos_token_id is None:
+        raise DataError(
+            f"{row.where}: {why} and the tokenizer has no end token: the answers would have no end. Set eos_token in "
+            "tokenizer_config.json, or a chat_template that marks the end"
+        )
+    return [tokenizer.eos_token_id]
+
+
+def _parted(tokenizer: Any, row: Row, messages: list[dict], before: str, whole: str) -> tuple[str, str]:
+    """What the template makes of the answer, and what it puts after it."""
+    tail, said = whole[len(before) :], row.answer.strip()
+    at = tail.find(said)
+    if at >= 0:
+        end = at + len(said)
+        return tail[:end], tail[end:]
+    # rewritten: what stands after two other answers is the same
+    others = [[*messages[:-1], messages[-1] | {"content": content}] for content in "01"]
+    one, two = (tokenizer.apply_chat_template(each, tokenize=False) for each in others)
+    alike = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(reversed(one), reversed(two), strict=False)))
+    closing = one[len(one) - alike :]
+    return tail.removesuffix(closing), closing
 
 
 def encode_all(tokenizer: Any, rows: Sequence[Row], max_length: int, kind: str) -> tuple[list[Example], int]:

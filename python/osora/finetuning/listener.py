@@ -1,5 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Who is told about a run."""
+"""Who is told about a run, and how a run is told to stop."""
+
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+
+class Stopped(Exception):
+    """A run ended before its last step, as it was told to; the message says what is there."""
 
 
 class Listener:
@@ -10,3 +20,28 @@ class Listener:
 
     def say(self, text: str) -> None:
         """Something that a person would like to know."""
+
+
+class Request:
+    """Whether somebody has asked the run to stop."""
+
+    made = False
+
+
+@contextmanager
+def heeding_sigterm() -> Iterator[Request]:
+    """Within it the first SIGTERM, as a scheduler sends before it kills, is a request; the second ends the process."""
+    request = Request()
+    if threading.current_thread() is not threading.main_thread():  # signals are the main thread's
+        yield request
+        return
+
+    def ask(*_: Any) -> None:
+        request.made = True
+        signal.signal(signal.SIGTERM, before)
+
+    before = signal.signal(signal.SIGTERM, ask)
+    try:
+        yield request
+    finally:
+        signal.signal(signal.SIGTERM, before)

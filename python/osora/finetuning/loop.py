@@ -16,7 +16,7 @@ from transformers.trainer_callback import PrinterCallback
 
 import osora
 from osora.finetuning.data import Example
-from osora.finetuning.listener import Listener
+from osora.finetuning.listener import Listener, Request, Stopped, heeding_sigterm
 from osora.finetuning.settings import TrainSettings
 from osora.trainer import Trainer
 
@@ -25,14 +25,16 @@ _SCHEDULES = {"constant": "constant_with_warmup"}  # by another name in transfor
 
 
 class Told(TrainerCallback):
-    """Passes steps and losses on, and stops a run whose loss is no number."""
+    """Passes steps and losses on, and stops a run that is asked to, or whose loss is no number."""
 
-    def __init__(self, listener: Listener) -> None:
-        self.listener = listener
+    def __init__(self, listener: Listener, request: Request) -> None:
+        self.listener, self.request = listener, request
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Tell the listener."""
+        """Tell the listener; with a checkpoint, stop if asked to."""
         self.listener.step(state.global_step, state.max_steps)
+        if self.request.made:
+            control.should_save = control.should_training_stop = True
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any) -> None:
         """Tell the listener each loss; stop where one is no finite number."""
@@ -167,24 +169,31 @@ def train(
 
     Raises:
         ValueError: a loss that is no number.
+        Stopped: by SIGTERM, after a checkpoint.
     """
     cpu = next(model.parameters()).device.type == "cpu"
     if settings.gradient_checkpointing:
         enable: Any = getattr(model, "activation_checkpointing_enable", None)  # its name before: gradient_…
         enable = enable or model.gradient_checkpointing_enable
         enable({"use_reentrant": False})
-    trainer = AnswerTrainer(
-        model=model,
-        args=_arguments(settings, folder, cpu, resume_from is not None),
-        train_dataset=Items(examples),
-        eval_dataset=None if eval_examples is None else Items(eval_examples),
-        data_collator=collate,
-        optimizers=(torch.optim.AdamW(osora.parameter_groups(model, **settings.rates)), None),
-        callbacks=[Told(listener)],
-    )
-    trainer.remove_callback(PrinterCallback)
-    trainer.save_basis = settings.save_basis
-    trainer.train(resume_from_checkpoint=None if resume_from is None else str(resume_from))
+    with heeding_sigterm() as request:
+        trainer = AnswerTrainer(
+            model=model,
+            args=_arguments(settings, folder, cpu, resume_from is not None),
+            train_dataset=Items(examples),
+            eval_dataset=None if eval_examples is None else Items(eval_examples),
+            data_collator=collate,
+            optimizers=(torch.optim.AdamW(osora.parameter_groups(model, **settings.rates)), None),
+            callbacks=[Told(listener, request)],
+        )
+        trainer.remove_callback(PrinterCallback)
+        trainer.save_basis = settings.save_basis
+        trainer.train(resume_from_checkpoint=None if resume_from is None else str(resume_from))
+    if request.made and trainer.state.global_step < trainer.state.max_steps:
+        raise Stopped(
+            f"stopped by SIGTERM after step {trainer.state.global_step} of {trainer.state.max_steps}, with a "
+            f"checkpoint in {folder}: the run goes on with --resume"
+        )
     evaluations = [entry for entry in trainer.state.log_history if "eval_loss" in entry]
     if eval_examples is not None and evaluations[-1]["step"] != trainer.state.global_step:
         trainer.evaluate()

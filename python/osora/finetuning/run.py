@@ -17,7 +17,7 @@ import torch
 from safetensors import SafetensorError
 
 from osora import build_info
-from osora.files.adapter import save_adapter
+from osora.files.adapter import load_adapter, save_adapter
 from osora.files.card import write_card
 from osora.files.whole import new_folder, refuse_used, write_json
 from osora.finetuning.data import Example, encode_all, read_jsonl
@@ -27,6 +27,7 @@ from osora.model.attach import attach
 from osora.model.numbers import count_parameters, summary
 
 NEEDS = ("transformers", "accelerate", "huggingface_hub")
+_LENGTHS = ("steps", "epochs")  # may grow: the schedule is then that of the longer run, from its last checkpoint on
 ADAPTER, CHECKPOINTS, SETTINGS, REPORT = "adapter", "checkpoints", "settings.json", "report.json"
 # What may differ between a run and its resumption: the numbers that are trained do not depend on it.
 FREE = ("output", "device", "eval_data", "eval_steps", "log_steps", "save_steps", "keep_checkpoints", "resume")
@@ -56,29 +57,57 @@ def _sha256(path: Path) -> str:
     return digest.hexdigest()
 
 
-def _check_output(settings: TrainSettings, record: dict[str, Any]) -> None:
-    """A new run needs a folder with nothing in it; a resumed one the folder of the same run."""
+def _recorded(output: Path) -> dict[str, Any]:
+    """What the run in a folder was asked to do."""
+    if not (output / SETTINGS).is_file():
+        raise FileNotFoundError(f"nothing to resume: there is no {output / SETTINGS}")
+    try:
+        before = json.loads((output / SETTINGS).read_text(encoding="utf-8"))
+        return before["settings"] | {"sha256 of data": before["data_sha256"]}
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{output / SETTINGS} is not what a run writes: {error}") from error
+
+
+def _is_longer(old: dict[str, Any], new: dict[str, Any]) -> bool:
+    """Whether a run is to be longer than it was. Raises ValueError for one that is to be shorter, or measured anew."""
+    kept = {name: (old.get(name), new[name]) for name in _LENGTHS}
+    if all(was == now for was, now in kept.values()):
+        return False
+    for name, (was, now) in kept.items():
+        if was is not None and now is not None:
+            if now > was:
+                return True
+            raise ValueError(f"a run can be made longer, not shorter: {name} was {was:g}, is {now:g}")
+    given = {name: was for name, (was, _) in kept.items() if was is not None} or {"epochs": 1.0}
+    (name, was), *_ = given.items()
+    if name == "epochs" and (now := new["epochs"]) is not None and now > was:  # the default, unsaid
+        return True
+    raise ValueError(f"the run was to have {was:g} {name}: say its new length as {name} too (--{name})")
+
+
+def _check_output(settings: TrainSettings, record: dict[str, Any]) -> bool:
+    """A new run needs a folder with nothing in it; a resumed one the folder of the same run. Whether it gets longer."""
     output = settings.output
     if not settings.resume:
         try:
             refuse_used(output)
         except FileExistsError as error:
             raise FileExistsError(f"{error}; or resume the run in it with --resume") from error
-        return
-    if not (output / SETTINGS).is_file():
-        raise FileNotFoundError(f"nothing to resume: there is no {output / SETTINGS}")
-    if (output / REPORT).exists():
-        raise FileExistsError(f"nothing to resume: the run is finished, {output / REPORT} is there")
-    try:
-        before = json.loads((output / SETTINGS).read_text(encoding="utf-8"))
-        old = before["settings"] | {"sha256 of data": before["data_sha256"]}
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{output / SETTINGS} is not what a run writes: {error}") from error
+        return False
+    old = _recorded(output)
     new = record["settings"] | {"sha256 of data": record["data_sha256"]}
-    other = [name for name in new if name not in (*FREE, "data") and old.get(name) != new[name]]
+    other = [name for name in new if name not in (*FREE, *_LENGTHS, "data") and old.get(name) != new[name]]
     if other:
         changes = "; ".join(f"{name} was {old.get(name)!r}, is {new[name]!r}" for name in other)
         raise ValueError(f"another run than the one in {output}: {changes}")
+    longer = _is_longer(old, new)
+    if (output / REPORT).exists() and not longer:
+        raise FileExistsError(
+            f"nothing to resume: the run is finished, {output / REPORT} is there; more --steps or --epochs lengthen it"
+        )
+    if longer and last_checkpoint(output / CHECKPOINTS) is None:
+        raise ValueError(f"{output} has no complete checkpoint, so that the run cannot be made longer: start it anew")
+    return longer
 
 
 def last_checkpoint(folder: Path) -> Path | None:
@@ -156,7 +185,7 @@ def finetune(
     device = _check_surroundings(settings)
     plain = json.loads(json.dumps(settings.to_dict()))
     record = {"settings": plain, "data_sha256": _sha256(settings.data)}
-    _check_output(settings, record)
+    longer = _check_output(settings, record)
 
     import transformers
 
@@ -186,7 +215,11 @@ def finetune(
         except (OSError, SafetensorError) as error:
             raise ValueError(f"the model in {settings.model} cannot be loaded: {error}") from error
     model.to(device)
-    attach(model, settings.config, unconverged="warn" if settings.save_basis else "raise", progress=progress)
+    if settings.start is not None:
+        load_adapter(model, settings.start, progress=progress)
+        listener.say(f"beginning with the adapter in {settings.start}")
+    else:
+        attach(model, settings.config, unconverged="warn" if settings.save_basis else "raise", progress=progress)
     numbers = summary(model)
     listener.say(f"{numbers.trainable:,} numbers trained, {100 * numbers.share:.2g} % of {numbers.total:,}")
 
@@ -194,7 +227,11 @@ def finetune(
     resume_from = last_checkpoint(output / CHECKPOINTS) if settings.resume else None
     if settings.resume:
         listener.say(f"going on from {resume_from}" if resume_from else "there is no checkpoint yet: from the start")
-    else:
+    if longer:
+        listener.say("longer than it was: the schedule of the learning rate is that of the longer run from here on")
+        (output / REPORT).unlink(missing_ok=True)  # of the shorter run; its adapter stays until there is a new one
+        write_json(output / SETTINGS, record)
+    elif not settings.resume:
         output.mkdir(parents=True, exist_ok=True)
         write_json(output / SETTINGS, record)
     training = time.perf_counter()

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from osora.config import CONFIGS, AdapterConfig
+from osora.files.info import adapter_info
 
 SUFFIXES = (".yaml", ".yml", ".toml", ".json")
 # What docs/compare.md found to be near the best; there SORSA's is a hundredth of OSoRA's.
@@ -86,6 +87,7 @@ _CHECKS: dict[str, Check] = {
     "data": _path,
     "output": _path,
     "eval_data": _or_none(_path),
+    "start": _or_none(_path),
     "max_length": _whole(2),
     "method": _one_of(*CONFIGS),
     "rank": _whole(1),
@@ -118,6 +120,26 @@ _CHECKS: dict[str, Check] = {
 }
 
 
+def _as_started(folder: Path) -> dict[str, Any]:
+    """The settings that an adapter to begin with was made with. Raises as :func:`osora.adapter_info`."""
+    info = adapter_info(folder)
+    plain = info.config.to_dict()
+    usual = CONFIGS[info.method]().to_dict()
+    options = {name: value for name, value in plain.items() if name not in _ELSEWHERE and value != usual[name]}
+    return {"method": info.method, "rank": info.config.r, "adapter": options, "save_basis": info.has_basis}
+
+
+def _check_started(settings: "TrainSettings") -> None:
+    """Raise ValueError where settings say otherwise than the adapter that is begun with, which they do not change."""
+    info = adapter_info(settings.start or "")
+    if settings.method != info.method:
+        raise ValueError(f"the adapter in {settings.start} is of {info.method}, method is {settings.method}")
+    there, asked = info.config.to_dict(), settings.config.to_dict()
+    own = {name: (there[name], asked[name]) for name in there if name not in ("seed", "tol")}
+    if other := [f"{name} is {was!r} there, {now!r} here" for name, (was, now) in own.items() if was != now]:
+        raise ValueError(f"the adapter in {settings.start} was made otherwise, and stays so: {'; '.join(other)}")
+
+
 @dataclass(frozen=True)
 class TrainSettings:
     """A training run: docs/cli.md, "osora train", says what each setting means.
@@ -130,6 +152,7 @@ class TrainSettings:
     data: Path
     output: Path
     eval_data: Path | None = None
+    start: Path | None = None
     max_length: int = 1024
     method: str = "osora"
     rank: int = 64
@@ -225,7 +248,12 @@ class TrainSettings:
         for name in ("model", "data", "output"):
             if values.get(name) is None:
                 raise ValueError(f"the setting {name} is missing (--{name})")
-        return cls(**values)
+        if values.get("start") is not None:
+            values = _as_started(_path("start", values["start"])) | dict(values)
+        made = cls(**values)
+        if made.start is not None:
+            _check_started(made)
+        return made
 
 
 def _yaml(text: str) -> Any:
@@ -287,6 +315,8 @@ def read_settings(path: str | os.PathLike[str]) -> dict[str, Any]:
         found = readers[path.suffix](path.read_text(encoding="utf-8"))
     except ValueError as error:  # of JSON, TOML and UTF-8 too
         raise ValueError(f"{path}: {error}") from error
+    except RecursionError as error:
+        raise ValueError(f"{path}: nested too deeply to be read") from error
     if not isinstance(found, dict):
         raise ValueError(f"{path} must map settings to values, and holds {type(found).__name__}")
     return found

@@ -13,6 +13,7 @@ from osora.peft.registry import register
 from osora.peft.reloading import check_reloading
 from osora.peft.selecting import select_tensors
 from osora.peft.whole_files import save_whole_files
+from osora.peft.wrapping import wrap_or_leave
 
 _release = tuple(int(part) for part in _peft.__version__.split(".")[:2])
 if _release < (0, 18):
@@ -23,5 +24,6 @@ register("sorsa", SorsaConfig, SorsaModel)
 select_tensors()
 save_whole_files()
 check_reloading()
+wrap_or_leave()
 
 __all__ = ["OsoraConfig", "OsoraLinear", "OsoraModel", "SorsaConfig", "SorsaLinear", "SorsaModel"]

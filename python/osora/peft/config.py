@@ -24,6 +24,7 @@ from osora.files.format import (
 from osora.files.info import config_of
 from osora.files.tensors import check_header
 from osora.peft import saving
+from osora.peft.options import knows_its_options
 from osora.peft.registry import peft_type
 from osora.peft.selecting import STASH
 
@@ -112,8 +113,8 @@ class AdapterConfig(PeftConfig):
         }
 
     def to_dict(self) -> dict[str, Any]:
-        """The options, without what is known of a file."""
-        return asdict(self) | {"osora": None}
+        """The options as ``adapter_config.json`` has them, without the block of a saved adapter."""
+        return self._options()
 
     @classmethod
     def from_pretrained(
@@ -180,6 +181,7 @@ class AdapterConfig(PeftConfig):
         return {key: value for key, value in self.__dict__.items() if key not in ("_home", STASH)}
 
 
+@knows_its_options
 @dataclass
 class OsoraConfig(AdapterConfig):
     """OSoRA as a PEFT method: the options of :class:`osora.OsoraConfig`, and PEFT's own.
@@ -206,6 +208,7 @@ class OsoraConfig(AdapterConfig):
     initial_o: float | str = field(default=1.0, metadata={"help": "What O starts at."})
 
 
+@knows_its_options
 @dataclass
 class SorsaConfig(AdapterConfig):
     """SORSA as a PEFT method: the options of :class:`osora.SorsaConfig`, and those that :class:`OsoraConfig` lists.

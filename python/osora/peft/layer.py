@@ -321,10 +321,10 @@ class AdapterLayer(KeepsBase, BaseTunerLayer):
             total = total + self.delta_weight(name)
         try:
             self.put_merged(total)
-        except ValueError as error:  # in PEFT's words
+        except ValueError as error:  # in PEFT's words, which programs look for
             raise ValueError(
-                f"{self.name}: NaNs detected in the merged weights ({error}). The adapter {', '.join(new)} seems to be "
-                "broken"
+                f"NaNs detected in the merged weights. The adapter {', '.join(new)} seems to be broken: {self.name}, "
+                f"{error}"
             ) from error
         self.merged_adapters = [*self.merged_adapters, *new]
 

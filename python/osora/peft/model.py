@@ -3,6 +3,7 @@
 
 import copy
 import math
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, ClassVar
@@ -14,6 +15,7 @@ from torch import nn
 from osora.config import ALL_LINEAR
 from osora.files.evidence import certificate_of
 from osora.files.format import AdapterError, Description
+from osora.layers.base_weight import base_weight
 from osora.layers.first_step import watch_first_step
 from osora.layers.formulas import formula_of
 from osora.layers.penalty import Penalty
@@ -64,7 +66,7 @@ class AdapterModel(BaseTuner):
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         """Give the model an adapter, as PEFT does it, then all of its decompositions; or leave the model as it was."""
         config: Any = self.peft_config[adapter_name]
-        if config.home is not None and config.home != (model, adapter_name):
+        if config.home is not None and config.home[0] is model and config.home[1] != adapter_name:
             config = self.peft_config[adapter_name] = copy.deepcopy(config)  # one object was given for two adapters
         description = self._description(config)
         if description is not None:
@@ -76,6 +78,7 @@ class AdapterModel(BaseTuner):
         try:
             self._around = Surroundings(model, config)
             super().inject_adapter(model, adapter_name, *args, **kwargs)
+            self._around.leave_out(config)
             layers = [layer for layer, _ in self._made]
             if not layers:  # PEFT before 0.21 takes a further adapter that is in no layer
                 raise ValueError(f"target_modules {config.target_modules!r} of {adapter_name!r} not found in the model")
@@ -94,10 +97,22 @@ class AdapterModel(BaseTuner):
         if description is None:
             del befores[adapter_name]
         model.__dict__.setdefault(_IN_ORDER, []).extend(keep_order(model))
-        config.settle_in(model, adapter_name)
+        self._settle(config, model, adapter_name)
         self._penalise(model, adapter_name, layers, config)
         named = {layer.name: layer for layer in layers}
         watch_first_step(named, lambda layer: layer.trained_kinds(adapter_name).values())
+
+    @staticmethod
+    def _settle(config: Any, model: nn.Module, name: str) -> None:
+        """The object that was given stays the adapter's. A model that it came from, if any, keeps a copy of it."""
+        home = config.home
+        config.settle_in(model, name)
+        if home is None or home[0] is model:
+            return
+        others = getattr(home[0], "peft_config", {})
+        if others.get(home[1]) is config:
+            others[home[1]] = copy.deepcopy(config)
+            others[home[1]].settle_in(*home)
 
     @staticmethod
     def _penalise(model: nn.Module, name: str, layers: list[AdapterLayer], config: Any) -> None:
@@ -165,7 +180,8 @@ class AdapterModel(BaseTuner):
         return kept[1]
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
-        """PEFT calls this when it has loaded an adapter: it is checked. There is nothing to cast."""
+        """PEFT calls this when it has made or loaded an adapter: a loaded one is checked. Nothing is cast."""
+        self._say_that_it_is_float32(adapter_name, autocast_adapter_dtype)
         if self.peft_config[adapter_name].__dict__.get("_replacing"):  # whoever replaces it checks it
             return
         layers = layers_of(self.model, adapter_name).values()
@@ -178,6 +194,16 @@ class AdapterModel(BaseTuner):
             config: Any = self.peft_config[adapter_name]
             config.osora = None
             self.__dict__.get("_befores", {}).pop(adapter_name, None)
+
+    def _say_that_it_is_float32(self, name: str, autocast_adapter_dtype: bool) -> None:
+        layers = layers_of(self.model, name).values()
+        if not autocast_adapter_dtype and any(each.exact != base_weight(each.base_layer).dtype for each in layers):
+            warnings.warn(
+                "autocast_adapter_dtype=False changes nothing for osora's adapters: what they train stays float32, "
+                "since 16 bits would round most steps away (docs/peft.md)",
+                RuntimeWarning,
+                stacklevel=4,
+            )
 
     # -- an adapter's way out --
 
@@ -196,6 +222,11 @@ class AdapterModel(BaseTuner):
         model.__dict__.get(_PENALTIES, {}).pop(name, None)
         if not self.peft_config:
             self._forget(model)
+
+    def take_out(self, name: str) -> None:
+        """Leave the model as it was before an adapter came, whoever found out that it cannot stay."""
+        if name in self.peft_config:
+            self._take_out(self.model, name)
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Forget an adapter. Raises ValueError for one that is not there, or is merged."""

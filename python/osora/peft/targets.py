@@ -12,6 +12,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer, check_target_module_exists
 from torch import nn
 
 from osora.config import ALL_LINEAR
+from osora.files.lora import heads_of
 from osora.model.fresh import fresh_parts, warn_of_fresh
 from osora.model.state import all_layers
 from osora.model.targets import (
@@ -71,6 +72,10 @@ def _ends(names: Iterable[str]) -> list[str]:
     return [name.rsplit(".", 1)[-1] for name in names]
 
 
+def _plain(task: Any) -> str:
+    return str(getattr(task, "value", task))
+
+
 class Surroundings:
     """What the checks of targets ask about the whole model."""
 
@@ -93,6 +98,8 @@ class Surroundings:
                 "trained and not saved; update to PEFT 0.21, or give the module another name"
             )
         self.everything = config.target_modules == ALL_LINEAR
+        self.heads = heads_of(config.task_type, [name for name, _ in model.named_modules()])
+        self.task = config.task_type
         self.rewritten, self.holders, self.whole = rewritten(model), weight_holders(model), wrappers(model)
         getter = getattr(model, "get_output_embeddings", None)
         self.head = getter() if callable(getter) else None
@@ -112,17 +119,23 @@ class Surroundings:
         self.also = {key: found[1:] for key, found in names.items() if len(found) > 1}
 
     def is_left_out(self, key: str) -> bool:
-        """Whether a match is no target of "all-linear": in the output head, which PEFT takes if it is wrapped; fresh;
-        or the model writes into it.
+        """Whether "all-linear" leaves a match out: in a head that is trained whole; fresh; the model writes into it.
 
         Raises:
-            ValueError: it is in another module that an adapter trains whole.
+            ValueError: it is named, or in another module that an adapter trains whole.
         """
         if self.everything and key in self.left_out:
             log.warning(LEFT_OUT, key)
             return True
         if self.everything and key in self.fresh:
             return True
+        if (head := self._head_of(key)) is not None:
+            if self.everything:
+                return True
+            raise ValueError(
+                f"target {key} is in {head}, which PEFT trains and saves whole for {_plain(self.task)}: leave it "
+                f"out with exclude_modules=[{key.rsplit('.', 1)[-1]!r}], or leave task_type out"
+            )
         for name, wrapper in self.whole.items():
             if key.startswith(f"{name}."):
                 if self.everything and wrapper is self.head:
@@ -142,6 +155,14 @@ class Surroundings:
                 RuntimeWarning,
                 stacklevel=7,
             )
+
+    def _head_of(self, key: str) -> str | None:
+        return next((head for head in self.heads if key == head or key.startswith(f"{head}.")), None)
+
+    def leave_out(self, config: Any) -> None:
+        """Of "all-linear", take the heads out of the names that PEFT has put in its place."""
+        if self.everything and isinstance(config.target_modules, set):
+            config.target_modules = {key for key in config.target_modules if self._head_of(key) is None}
 
     def check(self, name: str, module: nn.Module) -> None:
         """Raise ValueError or TypeError for a module that cannot have an adapter, saying what to do."""
