@@ -128,6 +128,26 @@ def test_flattened_parameters_are_refused():
         torch.optim.SGD([layer.u], lr=1.0).step()
 
 
+@pytest.mark.parametrize("mark", ["_hp_mapping", "ds_id"])
+def test_a_penalty_that_zero_would_drop_is_refused(mark):
+    """DeepSpeed's ZeRO marks the parameters and steps flat copies of them."""
+    model, ids = adapted(), batch()
+    loss_of(model, ids).backward()
+    trained = parameters(model)
+    for p in trained:
+        setattr(p, mark, None)
+    flat = nn.Parameter(torch.cat([p.detach().flatten() for p in trained]))
+    flat.grad = torch.zeros_like(flat)
+    with pytest.raises(RuntimeError, match=r"DeepSpeed's ZeRO steps copies.*orthonormality\(model\) to the loss"):
+        torch.optim.SGD([flat], lr=1.0).step()
+    for _ in range(2):  # in the loss it is where it belongs
+        (loss_of(model, ids) + osora.orthonormality(model)).backward()
+        torch.optim.SGD([flat], lr=1.0).step()
+    osora.detach(model)
+    gc.collect()
+    torch.optim.SGD([flat], lr=1.0).step()
+
+
 @pytest.mark.parametrize(
     "options, error, words",
     [

@@ -148,6 +148,8 @@ class Penalty:
         factors: list[Factor] = self.factors()
         added: list[Factor] = []
         for change, start in factors:
+            if id(change) not in held and _is_deepspeeds(change):
+                self._refuse_deepspeed(change)
             if id(change) not in held or change.grad is None:
                 continue
             if id(change) in self.in_loss:
@@ -160,9 +162,24 @@ class Penalty:
                 added.append((change, start))
         return added
 
+    def _refuse_deepspeed(self, change: nn.Parameter) -> None:
+        if id(change) in self.in_loss or not self.gamma or not change.requires_grad:
+            self.in_loss.discard(id(change))
+            return
+        raise RuntimeError(
+            f"DeepSpeed's ZeRO steps copies of the parameters that SORSA's penalty of {self.adapter!r} is for, and "
+            "would drop it: add osora.orthonormality(model) to the loss (ZeRO 1 and 2), train by FSDP2 or DDP, or set "
+            "gamma=0"
+        )
+
     def _has_it(self, change: nn.Parameter) -> bool:
         gradient, version = self.added.get(id(change), (None, -1))
         return gradient is not None and gradient() is change.grad and version == change.grad._version  # type: ignore[union-attr]
+
+
+def _is_deepspeeds(parameter: nn.Parameter) -> bool:
+    """Whether ZeRO (1 and 2, or 3) has made a partition of it that its optimiser steps instead."""
+    return hasattr(parameter, "_hp_mapping") or hasattr(parameter, "ds_id")
 
 
 def penalties_in(model: nn.Module) -> list[Penalty]:
