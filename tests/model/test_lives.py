@@ -310,6 +310,41 @@ def test_tensors_are_made_where_they_belong_whatever_the_default_device(method, 
         assert torch.equal(other(ids).logits, y)
 
 
+@pytest.mark.parametrize("method", ["OsoraConfig", "SorsaConfig"])
+@pytest.mark.parametrize("api", ["native", "peft"])
+def test_a_gradient_for_each_sample(api, method):
+    if api == "native":
+        model = osora.attach(Net(), getattr(osora, method)(r=4))
+    else:
+        model = get_peft_model(Net(), getattr(osora.peft, method)(r=4, target_modules=["a", "b", "c"]))
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    with torch.no_grad():
+        for p in trained.values():
+            p.normal_(0, 0.1)
+
+    def loss(tensors: dict[str, Tensor], x: Tensor) -> Tensor:
+        return torch.func.functional_call(model, tensors, (x[None],)).square().sum()
+
+    each = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0))(trained, X)
+    model(X).square().sum().backward()
+    for name, p in trained.items():
+        assert each[name].shape == (3, *p.shape)
+        torch.testing.assert_close(each[name].sum(0), p.grad, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore:.torch.jit")
+@pytest.mark.parametrize("gradients", [False, True])
+@pytest.mark.parametrize("method", ["OsoraConfig", "SorsaConfig"])
+def test_it_can_be_traced(method, gradients):
+    model = osora.attach(Net(), getattr(osora, method)(r=4))
+    with torch.no_grad():
+        for p in osora.adapter_parameters(model):
+            p.normal_(0, 0.1)
+    with torch.set_grad_enabled(gradients):
+        traced = torch.jit.trace(model, (X,), check_trace=False)
+        torch.testing.assert_close(traced(X[:2]), model(X[:2]))
+
+
 @pytest.mark.parametrize("start", ["spawn"])
 @pytest.mark.parametrize("method", ["OsoraConfig", "SorsaConfig"])
 def test_an_adapted_model_goes_to_another_process(method, start):

@@ -11,7 +11,15 @@ import torch
 from torch import Tensor
 
 from osora import reference
-from osora.ops.common import HALVES, another_dtype, autocast_inputs, no_double_backward, one_device, serve_by_reference
+from osora.ops.common import (
+    HALVES,
+    another_dtype,
+    autocast_inputs,
+    is_transformed,
+    no_double_backward,
+    one_device,
+    serve_by_reference,
+)
 
 _ops = torch.ops.osora
 
@@ -171,7 +179,8 @@ def sorsa_linear(
 
     Differentiable in x, bias, u, s and v. For the backward it saves ``h = x V`` [n, r] if u or s is trained, x itself
     [n, k] if v is, and nothing else beside the parameters. Under ``torch.autocast`` x, weight, bias, U0 and V0 take the
-    autocast dtype; S0, u, s and v do not, though the products see a copy of v that does.
+    autocast dtype; S0, u, s and v do not, though the products see a copy of v that does. The transforms of torch.func
+    and forward-mode differentiation get :func:`osora.reference.sorsa_linear`, plain torch.
 
     Args:
         x: input [..., k].
@@ -197,6 +206,8 @@ def sorsa_linear(
     narrowed = x.dtype in HALVES and U0.dtype == V0.dtype == torch.float32
     cast = cast or (another_dtype(x, U0, V0) if weight is None else narrowed and weight.dtype == x.dtype)
     inputs = (x, weight, bias, U0, S0, V0, u, s, v)
+    if is_transformed():
+        return reference.sorsa_linear(*(_cast_frozen(inputs) if cast else inputs))[0]
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs):
         return _SorsaLinear.apply(cast, *inputs)
     return _ops.sorsa_linear(*(_cast_frozen(inputs) if cast else inputs))[0]
