@@ -12,6 +12,7 @@ import torch.distributed as dist
 from helpers import tiny_llama, token_ids
 from peft import get_peft_model
 from torch import Tensor, nn
+from torch.distributed.fsdp import fully_shard
 from torch.nn.utils import parametrizations, parametrize, prune
 from torch.optim.swa_utils import AveragedModel
 
@@ -274,6 +275,29 @@ def test_it_is_too_late_for_an_adapter_in_what_has_taken_stock_of_parameters(kin
     with pytest.raises(ValueError, match="which knows the parameters"):
         osora.load_adapter(outer, tmp_path)
     assert not any(isinstance(module, AdaptedLinear) for module in outer.modules())
+
+
+def test_what_no_process_has_whole_is_refused_before_any_work(process_group, tmp_path):
+    model = adapted()
+    y = model(X).detach()
+    osora.save_adapter(model, tmp_path / "adapter")
+    fully_shard(model)
+    torch.testing.assert_close(model(X), y)
+    model.reshard()  # the root keeps what its forward has gathered
+    for wish, call in (
+        ("saved", lambda: osora.save_adapter(model, tmp_path / "other")),
+        ("merged", lambda: osora.merge(model)),
+        ("exported", lambda: osora.export_lora(model, tmp_path / "lora")),
+        ("restored", lambda: osora.restore_adapter(model, tmp_path / "adapter")),
+    ):
+        with pytest.raises(
+            ValueError, match=rf"a\.\S+ is sharded over processes, and cannot be {wish} there: load full"
+        ):
+            call()
+    with pytest.raises(ValueError, match="cannot be decomposed there: attach the adapter before the model is sharded"):
+        osora.attach(fully_shard(Net()), osora.OsoraConfig(r=4))
+    assert sorted(path.name for path in tmp_path.iterdir() if path.name != "group") == ["adapter"]
+    torch.testing.assert_close(model(X), y)
 
 
 def test_what_is_no_module_is_told():

@@ -46,6 +46,7 @@ from osora.model.state import (
     check_new_name,
     refuse_if_adapted,
     refuse_if_busy,
+    refuse_sharded,
     state_of,
 )
 from osora.model.targets import (
@@ -82,16 +83,6 @@ def _describe(name: str, layer: AdaptedLinear, adapter: str) -> dict[str, Any]:
         values,
         layer.certificate,
     )
-
-
-def _refuse_sharded(layers: Mapping[str, AdaptedLinear]) -> None:
-    for module, layer in layers.items():
-        for key, tensor in layer.named_parameters():
-            if hasattr(tensor, "full_tensor"):  # a DTensor, as FSDP2 makes it
-                raise ValueError(
-                    f"{module}.{key} is sharded over processes; load full_tensor() of every entry of its state_dict "
-                    "into an unsharded copy of the model, and save that"
-                )
 
 
 def _options(model: nn.Module, config: AdapterConfig, save_basis: bool) -> dict[str, Any]:
@@ -133,7 +124,7 @@ def save_adapter(
     adapter = state_of(model).active if name is None else name
     state = state_of(model).of(adapter)
     layers, method = adapted_layers(model, adapter), FILE_METHODS[state.config.method]
-    _refuse_sharded(layers)
+    refuse_sharded(layers, "saved")
     tensors: dict[str, Tensor] = {}
     for module, layer in layers.items():
         values = _values(layer, adapter)

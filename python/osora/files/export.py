@@ -19,7 +19,7 @@ from osora.files.info import adapter_info, stored_changes
 from osora.files.lora import Reader, heads_named_by, heads_of, model_options
 from osora.layers.adapted import AdaptedLinear
 from osora.layers.base_weight import dense_weight, is_conv1d
-from osora.model.state import adapted_layers, all_layers, state_of
+from osora.model.state import adapted_layers, all_layers, refuse_sharded, state_of
 from osora.model.targets import base_modules
 
 # Endings of transformers' class names, and what PEFT calls their tasks.
@@ -87,6 +87,7 @@ def _from_model(model: nn.Module, name: str | None) -> _Source:
     adapter = state_of(model).active if name is None else name
     state_of(model).of(adapter)
     layers = adapted_layers(model, adapter)
+    refuse_sharded(layers, "exported")
     _refuse_shared(model, layers)
     task = _task(type(model).__name__)
     names = list(dict.fromkeys(module_name for module_name, _ in base_modules(model)))

@@ -10,7 +10,7 @@ from torch import nn
 
 from osora.files.adapter import load_adapter, save_adapter
 from osora.model.adapters import active_adapter, remove_adapter
-from osora.model.state import adapted_layers, has_adapter
+from osora.model.state import adapted_layers, has_adapter, refuse_sharded
 
 _RESTORED = "restored from a checkpoint"
 
@@ -34,6 +34,7 @@ def restore_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> nn.Modu
     """
     name = active_adapter(model)
     before = adapted_layers(model)
+    refuse_sharded(before, "restored")
     load_adapter(model, folder, name=_RESTORED)
     try:
         saved = adapted_layers(model, _RESTORED)

@@ -25,6 +25,7 @@ from osora.model.state import (
     check_new_name,
     forget,
     refuse_if_adapted,
+    refuse_sharded,
     remember,
     state_of,
 )
@@ -126,6 +127,8 @@ def _attach(
     began = time.perf_counter()
     fresh = fresh_parts(model)
     targets = find_targets(model, config, fresh)
+    whole = {target.name: target.module for target in targets}
+    refuse_sharded(whole, "decomposed", "attach the adapter before the model is sharded")
     for target in targets:
         weight: Any = target.module.weight
         if weight.is_inference() and not serving:

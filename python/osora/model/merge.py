@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from torch import nn
 
 from osora.layers import AdaptedLinear
-from osora.model.state import adapted_layers, state_of
+from osora.model.state import adapted_layers, refuse_sharded, state_of
 
 
 def merge_layers(layers: Mapping[str, AdaptedLinear], requantize: bool = False) -> None:
@@ -46,6 +46,7 @@ def merge(model: nn.Module, *, requantize: bool = False) -> nn.Module:
             layer.
     """
     state_of(model)
+    refuse_sharded(adapted_layers(model), "merged")
     merge_layers(adapted_layers(model), requantize)
     return model
 

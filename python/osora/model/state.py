@@ -2,6 +2,7 @@
 """What a model knows of its adapters: their configs, which one is active, and how to undo them."""
 
 import logging
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from torch import nn
@@ -115,6 +116,20 @@ def refuse_if_busy(model: nn.Module) -> None:
             raise ValueError(f"{name}: the adapter is merged: call osora.unmerge(model) first")
         if layer.batch is not None:
             raise ValueError("adapters cannot be exchanged within adapters_in_batch")
+
+
+_GATHER = (
+    "load full_tensor() of every entry of its state_dict (under ZeRO 3, what deepspeed's zero_to_fp32 gives) into an "
+    "unsharded copy of the model, and take that"
+)
+
+
+def refuse_sharded(layers: Mapping[str, nn.Module], wish: str, cure: str = _GATHER) -> None:
+    """Raise ValueError where no process has a whole tensor of these layers, so that they cannot be "saved", say."""
+    for module, layer in layers.items():
+        for key, tensor in layer.named_parameters():
+            if hasattr(tensor, "full_tensor") or hasattr(tensor, "ds_id"):  # FSDP2's DTensor; under DeepSpeed's ZeRO 3
+                raise ValueError(f"{module}.{key} is sharded over processes, and cannot be {wish} there: {cure}")
 
 
 def check_new_name(model: nn.Module, name: str) -> None:
