@@ -120,7 +120,7 @@ class _Missing:
 
 
 def _layer_tensors(
-    layer: AdapterLayer, adapter: str, source: Source, save_basis: bool, missing: _Missing
+    layer: AdapterLayer, adapter: str, source: Source, save_basis: bool, missing: _Missing, of: str
 ) -> dict[str, Tensor]:
     formula, rank = layer.adapters[adapter].formula, layer.box("S0")[adapter].numel()
     d, k = layer.out_features, layer.in_features
@@ -133,7 +133,7 @@ def _layer_tensors(
             value = source.given(key + (".weight" if kind in formula.kinds else ""))  # as get_peft_model_state_dict
         trained = kind in formula.trained
         if value is not None:
-            value = _checked(full, value, shape, "state_dict")
+            value = _checked(full, value, shape, of)
             if not value.is_floating_point():
                 raise TypeError(f"{full} of state_dict must be floating-point, got {value.dtype}")
             value = value.to(stored if kind in BASIS else layer.exact)
@@ -201,8 +201,11 @@ def select(
     if config.home is None:
         raise ValueError("this configuration is of no adapter in a model")
     model, adapter = config.home
+    of = "state_dict" if strict else "the model"
     source, layers, missing = Source(model, given or {}), layers_of(model, adapter), _Missing(adapter)
-    own = {name: _layer_tensors(layer, adapter, source, config.save_basis, missing) for name, layer in layers.items()}
+    own = {
+        name: _layer_tensors(layer, adapter, source, config.save_basis, missing, of) for name, layer in layers.items()
+    }
     beside = {}
     for name, place in _names_beside(model, config, adapter, embeddings or set()).items():
         value, live = source.given(place), source.own(place)
