@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """What is saved is what loads: any adapter's name, any state dict that is given, whatever lies beside the adapter."""
 
-import importlib
 import json
 from pathlib import Path
 
@@ -11,6 +10,7 @@ from helpers import logits, tiny_bert, tiny_gpt2, tiny_llama, token_ids
 from packaging.version import Version
 from peft import LoraConfig, PeftModel, get_peft_model
 from pefts import OsoraConfig, adapted, layers, move, peft, quiet
+from processes import run_program
 from safetensors.torch import load_file
 from saved_adapters import FILES
 from torch import nn
@@ -265,12 +265,45 @@ def test_an_adapter_that_rests_is_the_models(tmp_path):
         model.save_pretrained(tmp_path, state_dict=part)
 
 
+def test_what_FSDP_has_gathered(tmp_path):
+    """The live parameters are in pieces, the base weights too: all is of the state dict, or refused in words."""
+    program = """
+import os, sys, torch
+os.environ.update(MASTER_ADDR="localhost", MASTER_PORT="0", RANK="0", WORLD_SIZE="1")
+import torch.distributed as dist, peft, helpers, osora.peft
+from torch.distributed.fsdp import fully_shard
+dist.init_process_group("gloo", init_method="file://" + sys.argv[1] + "/store", rank=0, world_size=1)
+mesh = dist.device_mesh.init_device_mesh("cpu", (1,))
+ids = helpers.token_ids()
+for kind in (osora.peft.OsoraConfig, osora.peft.SorsaConfig):
+    model = peft.get_peft_model(helpers.tiny_llama(tied=False), kind(r=4, init_weights=False)).eval()
+    wish = helpers.logits(model, ids)
+    for layer in model.base_model.model.model.layers:
+        fully_shard(layer, mesh=mesh)
+    state = model.state_dict()
+    full = {key: t.full_tensor() if hasattr(t, "full_tensor") else t for key, t in state.items()}
+    adapter = {key: t for key, t in full.items() if "base_layer" not in key}
+    folder = sys.argv[1] + "/" + kind.__name__
+    pieces = peft.get_peft_model_state_dict(model)  # as accelerate asks for them
+    print(sum(hasattr(t, "full_tensor") for t in pieces.values()) == sum(p.requires_grad for p in model.parameters()))
+    for given in (None, state, adapter):
+        try:
+            model.save_pretrained(folder, state_dict=given)
+        except ValueError as error:
+            print("is sharded over processes" in str(error))
+    model.save_pretrained(folder, state_dict=full)
+    other = peft.PeftModel.from_pretrained(helpers.tiny_llama(tied=False), folder)
+    print(torch.equal(helpers.logits(other, ids), wish))
+dist.destroy_process_group()
+"""
+    assert run_program(tmp_path, program, tmp_path).split()[-10:] == ["True"] * 10
+
+
 @every_method
-def test_transformers_own_way(config, tmp_path):
+@pytest.mark.skipif(Version(peft.__version__) < Version("0.21"), reason="transformers wants a newer PEFT")
+def test_transformers_own_way(config, tmp_path, monkeypatch):
     """``model.add_adapter`` and ``model.save_pretrained`` of transformers, with a state dict as Trainer gives it."""
-    least = importlib.import_module("transformers.integrations.peft").MIN_PEFT_VERSION
-    if Version(peft.__version__) < Version(least):
-        pytest.skip(f"transformers wants PEFT {least}")
+    monkeypatch.setattr("transformers.integrations.peft.MIN_PEFT_VERSION", "0.21.0")  # wants one that is not out
     model = tiny_llama()
     model.add_adapter(config(r=4), "0")
     best = {key: tensor.clone() for key, tensor in shaken(model).state_dict().items()}

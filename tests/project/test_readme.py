@@ -28,7 +28,7 @@ RUN = {
     ROOT / "docs/merge.md": 2,
     ROOT / "docs/analysis.md": 4,
     ROOT / "docs/ablations.md": 1,
-    ROOT / "docs/peft.md": 6,
+    ROOT / "docs/peft.md": 7,
     ROOT / "docs/sorsa.md": 3,
     ROOT / "docs/quantised.md": 3,
     ROOT / "docs/train.md": 4,

@@ -84,10 +84,12 @@ def _is_sharded(tensor: Tensor) -> bool:
     return hasattr(tensor, "full_tensor") or hasattr(tensor, "ds_id")  # a DTensor of FSDP2; a parameter under ZeRO-3
 
 
-def _checked(key: str, tensor: Any, shape: tuple[int, ...], of: str) -> Tensor:
-    """The tensor, whole. Raises TypeError or ValueError."""
+def _checked(key: str, tensor: Any, shape: tuple[int, ...], of: str, whole: bool = True) -> Tensor:
+    """The tensor, which must be whole unless anything will do. Raises TypeError or ValueError."""
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{of} has {key} as a {type(tensor).__name__}, and not as a tensor")
+    if not whole:
+        return tensor.detach()
     if hasattr(tensor, "full_tensor") or tuple(tensor.shape) != tuple(shape):
         if _is_sharded(tensor) or not tensor.numel():
             raise ValueError(
@@ -120,7 +122,7 @@ class _Missing:
 
 
 def _layer_tensors(
-    layer: AdapterLayer, adapter: str, source: Source, save_basis: bool, missing: _Missing
+    layer: AdapterLayer, adapter: str, source: Source, save_basis: bool, missing: _Missing, of: str, whole: bool
 ) -> dict[str, Tensor]:
     formula, rank = layer.adapters[adapter].formula, layer.box("S0")[adapter].numel()
     d, k = layer.out_features, layer.in_features
@@ -133,7 +135,7 @@ def _layer_tensors(
             value = source.given(key + (".weight" if kind in formula.kinds else ""))  # as get_peft_model_state_dict
         trained = kind in formula.trained
         if value is not None:
-            value = _checked(full, value, shape, "state_dict")
+            value = _checked(full, value, shape, of, whole)
             if not value.is_floating_point():
                 raise TypeError(f"{full} of state_dict must be floating-point, got {value.dtype}")
             value = value.to(stored if kind in BASIS else layer.exact)
@@ -144,7 +146,7 @@ def _layer_tensors(
             if trained:
                 missing.keys.append(full)
                 missing.in_training |= live.requires_grad
-            value = _checked(full, live, shape, "the model")
+            value = _checked(full, live, shape, "the model", whole)
         found[kind] = value
     return found
 
@@ -185,7 +187,11 @@ def _names_beside(model: nn.Module, config: AdapterConfig, adapter: str, embeddi
 
 
 def select(
-    config: AdapterConfig, given: Mapping[str, Any] | None, embeddings: set[str] | None = None, strict: bool = True
+    config: AdapterConfig,
+    given: Mapping[str, Any] | None,
+    embeddings: set[str] | None = None,
+    strict: bool = True,
+    whole: bool = True,
 ) -> Selection:
     """All tensors of an adapter that is in a model.
 
@@ -194,6 +200,7 @@ def select(
         given: tensors to take in the place of the model's.
         embeddings: names in the model of what PEFT saves of resized embeddings.
         strict: whether all that the adapter trains must be given, or nothing of an adapter that rests.
+        whole: whether it is for a file; else pieces of sharded tensors will do, as accelerate asks for them.
 
     Raises:
         TypeError, ValueError: what is given is not whole; what is not given is in pieces, too.
@@ -201,13 +208,17 @@ def select(
     if config.home is None:
         raise ValueError("this configuration is of no adapter in a model")
     model, adapter = config.home
+    of = "state_dict" if strict else "the model"
     source, layers, missing = Source(model, given or {}), layers_of(model, adapter), _Missing(adapter)
-    own = {name: _layer_tensors(layer, adapter, source, config.save_basis, missing) for name, layer in layers.items()}
-    beside = {}
+    own = {
+        name: _layer_tensors(layer, adapter, source, config.save_basis, missing, of, whole)
+        for name, layer in layers.items()
+    }
+    beside, alone = {}, len(_adapters_in(model)) == 1
     for name, place in _names_beside(model, config, adapter, embeddings or set()).items():
         value, live = source.given(place), source.own(place)
-        if value is None and name != place:
-            value = source.given(name) if len(config_names(model)) == 1 else None
+        if value is None and name != place and alone:
+            value = source.given(name)
         trained = live is not None and live.requires_grad
         if value is None and trained:
             missing.keys.append(place)
@@ -215,17 +226,17 @@ def select(
         missing.given += value is not None and trained
         if value is None and live is None:
             raise ValueError(f"the model has no {place}, which the adapter {adapter!r} is saved with")
-        shape = value.shape if live is None else live.shape
-        whole = value is not None and (live is None or _is_sharded(live) or not live.numel())
-        beside[name] = _checked(
-            place, live if value is None else value, value.shape if whole else shape, "the model or state_dict"
-        )
+        if value is None or not (live is None or _is_sharded(live) or not live.numel()):
+            shape = tuple(live.shape)  # type: ignore[union-attr]  # one of the two is there
+        else:
+            shape = tuple(getattr(value, "shape", ()))  # the live one does not tell
+        beside[name] = _checked(place, live if value is None else value, shape, of, whole)
     if strict and given is not None:
         missing.check()
-    return Selection(own, beside, {name: _base(layer, source) for name, layer in layers.items()})
+    return Selection(own, beside, {name: _base(layer, source) for name, layer in layers.items()} if whole else {})
 
 
-def config_names(model: nn.Module) -> set[str]:
+def _adapters_in(model: nn.Module) -> set[str]:
     """The names of the adapters in a model's layers and wrappers."""
     found = {name for module in model.modules() if isinstance(module, AdapterLayer) for name in module.adapters}
     return found.union(*(wrapper._adapters for wrapper in wrappers(model).values()))
@@ -267,6 +278,12 @@ def _is_adapters(model: Any, key: str, adapter: str) -> bool:
     return any(key.startswith(name) and not key.startswith(f"{name}base_layer.") for name in names)
 
 
+def _gathered(model: nn.Module) -> dict[str, Any]:
+    """What FSDP's first version gives of parameters that it keeps as one; of any other model they are there."""
+    flat = any(type(module).__name__ == "FullyShardedDataParallel" for module in model.modules())
+    return model.state_dict() if flat else {}
+
+
 def _selecting(original: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(original)
     def get_peft_model_state_dict(
@@ -287,8 +304,10 @@ def _selecting(original: Callable[..., Any]) -> Callable[..., Any]:
             return original(model, state_dict=state_dict, adapter_name=adapter_name, **options)
         embeddings = _embeddings(original, whole, prefix, adapter_name, save_embedding_layers)
         strict = state_dict is not None
-        selection = select(config, state_dict if strict else whole.state_dict(), embeddings, strict)
-        _remember(config, selection)
+        given = state_dict if strict else _gathered(whole)
+        selection = select(config, given, embeddings, strict, whole=strict or _kept.get() is not None)
+        if selection.bases:
+            _remember(config, selection)
         method = config.method
         found = {
             f"{prefix}{name}.{method}_{kind}" + (".weight" if kind not in (*BASIS, "S0") else ""): tensor
