@@ -270,7 +270,8 @@ def test_an_interrupt_has_its_own_code(folders, monkeypatch):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(osora, "merge_saved", interrupted)
-    osora_says("merge", folders / "base", folders / "adapter", folders / "out", code=130)
+    said = osora_says("merge", folders / "base", folders / "adapter", folders / "out", code=130)
+    assert "error: interrupted" in said and "KeyboardInterrupt" not in said
 
 
 def test_in_a_process(folders):

@@ -125,6 +125,8 @@ def test_dense_layers_beside_experts_are_found(kind, tmp_path):
     model = moved(of_kind(kind))
     osora.export_lora(model, tmp_path, equal_ranks=False)
     there = assert_equal_in_peft(model, of_kind(kind), tmp_path)
+    adapted = {name for name, module in there.get_base_model().named_modules() if hasattr(module, "lora_A")}
+    assert adapted == set(osora.adapted_layers(model))
     with torch.no_grad():
         torch.testing.assert_close(outputs(there.merge_and_unload()), outputs(model), rtol=0, atol=1e-5)
 
@@ -216,3 +218,38 @@ def test_a_classifiers_folder(with_base, tmp_path):
     assert json.loads((tmp_path / "lora/adapter_config.json").read_text())["task_type"] is None
     there = read_by_peft(classifier("Bert", HEADS[0]), tmp_path / "lora")
     torch.testing.assert_close(outputs(there), outputs(model), rtol=0, atol=1e-5)
+
+
+class Routed(nn.Module):
+    """Experts in one tensor, and names of which one is another's end: PEFT has no expression for a model like this."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q = nn.Linear(8, 8)
+        self.inner = nn.ModuleDict({"q": nn.Linear(8, 8), "up_proj": nn.Linear(8, 8)})
+        self.experts = nn.Module()
+        self.experts.gate_up_proj = nn.Parameter(torch.zeros(2, 8, 16))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.inner["up_proj"](self.inner["q"](self.q(x)))
+
+
+def test_layers_that_would_get_a_lora_too_are_named(tmp_path):
+    model = osora.attach(Routed(), OsoraConfig(r=2, target_modules="q|inner.up_proj"))
+    with pytest.raises(ValueError, match=r"PEFT would also put a LoRA into inner\.q, whose names end as"):
+        osora.export_lora(model, tmp_path / "lora")
+    assert not (tmp_path / "lora").exists()
+    osora.detach(model)
+    osora.attach(model, OsoraConfig(r=2, target_modules=["q", "up_proj"]))
+    osora.export_lora(model, tmp_path / "lora")
+
+
+def test_weights_that_are_stored_turned_are_no_parameters_of_peft(tmp_path):
+    """PEFT takes a parameter for [out, in]."""
+    model = Routed()
+    model.inner["c"] = transformers.pytorch_utils.Conv1D(8, 8)
+    osora.attach(model, OsoraConfig(r=2, target_modules=["c", "up_proj"]))
+    with pytest.raises(
+        ValueError, match=r"PEFT reads a LoRA on inner\.up_proj\.weight for weights stored as \[out, in\]"
+    ):
+        osora.export_lora(model, tmp_path / "lora")

@@ -4,8 +4,8 @@
 Nothing here is imported by ``import osora``, and transformers not before something is trained.
 """
 
-from osora.finetuning.listener import Listener
+from osora.finetuning.listener import Listener, Stopped
 from osora.finetuning.run import finetune
 from osora.finetuning.settings import TrainSettings, read_settings
 
-__all__ = ["Listener", "TrainSettings", "finetune", "read_settings"]
+__all__ = ["Listener", "Stopped", "TrainSettings", "finetune", "read_settings"]

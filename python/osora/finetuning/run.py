@@ -167,7 +167,7 @@ def finetune(
 
     Args:
         settings: what to do. With ``resume`` the run in the output folder goes on, to the same bits on the same machine
-            with the same versions and threads.
+            with the same versions and threads; with more ``steps`` or ``epochs`` it gets longer.
         listener: is told of steps and losses.
         progress: of the decomposition; as for :func:`osora.attach`.
 
@@ -180,6 +180,7 @@ def finetune(
         ModuleNotFoundError: transformers, accelerate or huggingface_hub is missing.
         AdapterError: a checkpoint to resume from is damaged, or of another base.
         ConvergenceError: without ``save_basis``, a triplet does not reach ``tol``.
+        Stopped: by SIGTERM, after a checkpoint from which ``resume`` goes on.
     """
     began = time.perf_counter()
     device = _check_surroundings(settings)
