@@ -21,6 +21,7 @@ FILES = [
     "test_peft_quantised.py",
     "test_peft_reloading.py",
     "test_peft_rollback.py",
+    "test_peft_saves.py",
     "test_trl_peft.py",  # Trainer, SFT and DPO
 ]
 

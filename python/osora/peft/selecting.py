@@ -154,7 +154,8 @@ def _layer_tensors(
 def _base(layer: AdapterLayer, source: Source) -> Any:
     """What the base weight's fingerprint is of: the live one, or the given one where that is in pieces."""
     live: Any = layer.base_kept[0].weight if layer.base_kept else layer.base_layer.weight
-    if is_quantised(layer.base_layer) or not (_is_sharded(live) or live.is_meta or not live.numel()):
+    plain = is_quantised(layer.base_layer) or not isinstance(live, Tensor)  # the latter is refused as it is read
+    if plain or not (_is_sharded(live) or live.is_meta or not live.numel()):
         return layer.base()
     key, turned = f"{layer.name}.base_layer.weight", is_conv1d(layer.base_layer)
     shape = (layer.in_features, layer.out_features) if turned else (layer.out_features, layer.in_features)
