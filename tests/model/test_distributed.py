@@ -209,7 +209,7 @@ def save_sharded(rank: int) -> str:
 
 def test_saving_a_sharded_model_is_refused_with_the_cure(runs):
     for message in runs["save_sharded"]:
-        assert "sharded over processes; load full_tensor() of every entry" in message
+        assert "sharded over processes, and cannot be saved there: load full_tensor() of every entry" in message
         assert "there is now: []" in message
 
 
