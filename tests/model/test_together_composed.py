@@ -358,6 +358,7 @@ def test_nothing_is_left_of_a_call():
 
 
 def _live_inside_and_after(queue) -> None:
+    layers_together.JOINED_ON = ("cpu", "cuda")
     inside: list[weakref.ref[Tensor]] = []
     _, model = both(lambda: Pair(between=lambda pair, x: inside.extend(map(weakref.ref, new()))))
 

