@@ -134,7 +134,7 @@ build/peft-%/.done: $(STAMPS)/test
 # build. Each version has an environment of its own, without CUDA. 2.11.0 is the oldest that is supported.
 TORCH_VERSIONS := 2.11.0 2.13.0
 TORCH_TESTS := $(patsubst %,tests/%.py,project/test_api project/test_build $(addprefix ops/test_,linear linear_add \
-  linear_autograd linear_multi fold fold_many given decode materialised sorsa compiled composition) $(addprefix layers/test_,layers ablations) \
+  linear_autograd linear_multi fold fold_many given decode materialised sorsa compiled composition) $(addprefix layers/test_,layers ablations read_weight first_step) \
   $(addprefix model/test_,sorsa_adapter execution together together_composed compiled_model adapters adapter_batch distributed) \
   $(addprefix svd/test_,values certificates arguments plan hostile floor))
 other_torch = OSORA_CUDA=0 $(MAKE) $(1) VENV=.venv-torch-$* TORCH=torch==$* EMULATION=0

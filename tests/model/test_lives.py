@@ -238,6 +238,7 @@ def wrapped(kind: str, model: nn.Module) -> nn.Module:
 KINDS = ["DDP", "DP", "averaged", "compiled", "compiled DDP"]
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torch 2.11's compiler
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_function_finds_the_model_inside_a_wrapper(kind, process_group, tmp_path):
     model = adapted()

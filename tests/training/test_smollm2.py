@@ -109,7 +109,7 @@ def test_the_singular_values_of_all_its_linears(folder):
     layers = adapted_layers(model)
     assert len(layers) == 210
     for name, layer in layers.items():
-        weight = layer.weight.double()
+        weight = layer.base_layer.weight.double()
         wish = torch.linalg.svdvals(weight)[:64]
         error = float(((layer.S0.double() - wish).abs() / wish).max())
         assert error < 1e-5, f"{name}: σ off by {error:.1e}"
