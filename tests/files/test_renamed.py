@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Checkpoints whose names are not the model's, as transformers renames them: merged, verified, exported, compared."""
 
+import json
+
 import pytest
 import torch
 from helpers import move_adapter, tiny_gpt2, tiny_llama
@@ -8,6 +10,7 @@ from torch import nn
 
 import osora
 from osora import AdapterError
+from osora.files.renamed import Renamed, renamed
 
 transformers = pytest.importorskip("transformers")
 every_config = pytest.mark.parametrize("config", [osora.OsoraConfig, osora.SorsaConfig], ids=["osora", "sorsa"])
@@ -85,3 +88,14 @@ def test_a_checkpoint_that_transformers_does_not_know(tmp_path):
             AdapterError, match=r"is for transformer\.h\.0\.attn\.c_attn, and .* has no weight of that name"
         ):
             osora.verify_adapter(tmp_path / "adapter", tmp_path / "base")
+
+
+def test_a_checkpoint_with_code_of_its_own_is_never_run_and_nobody_is_asked(tmp_path, monkeypatch):
+    """transformers asks at a terminal whether to trust it, and waits, unless it is told not to."""
+    code = "open({!r}, 'w')\nfrom transformers import PretrainedConfig as Own\n".format(str(tmp_path / "has run"))
+    (tmp_path / "configuration_own.py").write_text(code, encoding="utf-8")
+    config = {"model_type": "own", "auto_map": {"AutoConfig": "configuration_own.Own"}, "architectures": ["Own"]}
+    (tmp_path / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("the user was asked"))
+    assert renamed(tmp_path, ["a.weight"]) == Renamed()
+    assert not (tmp_path / "has run").exists()

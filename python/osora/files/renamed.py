@@ -35,7 +35,7 @@ def renamed(folder: Path, keys: Iterable[str]) -> Renamed:
     except ImportError:
         return Renamed()
     try:
-        config = transformers.AutoConfig.from_pretrained(folder)
+        config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)  # it would ask at a terminal
         name = next(iter(config.architectures or ()), "")
         with torch.device("meta"):
             model = getattr(transformers, name)(config)
