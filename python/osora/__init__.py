@@ -7,12 +7,17 @@ from osora.analysis.changes import ChangeRecorder, Changes, WeightChange, weight
 from osora.analysis.plots import plot_changes, plot_spectra
 from osora.config import OsoraConfig, SorsaConfig
 from osora.files.adapter import AdapterError, load_adapter, save_adapter
+from osora.files.attach import attach
+from osora.files.basis_layer import BasisError
 from osora.files.card import write_card
 from osora.files.export import export_lora
 from osora.files.info import AdapterInfo, SavedModule, adapter_info
 from osora.files.merge import MergedFolder, merge_saved
 from osora.files.resume import checkpoint_adapters, restore_adapter
 from osora.files.verify import ModuleCheck, Verification, verify_adapter
+from osora.initialise.check import BasisCheck, LayerCheck, check_basis
+from osora.initialise.request import InitialisationPlan
+from osora.initialise.run import Initialised, initialise, plan_initialisation
 from osora.layers.penalty import orthonormality
 from osora.model.adapters import (
     active_adapter,
@@ -22,7 +27,7 @@ from osora.model.adapters import (
     remove_adapter,
     set_adapter,
 )
-from osora.model.attach import attach, detach, disabled
+from osora.model.attach import detach, disabled
 from osora.model.cost import Estimate, Machine, estimate
 from osora.model.execution import refresh, set_execution
 from osora.model.merge import merge, unmerge
@@ -41,10 +46,15 @@ __version__ = build_info()["version"]
 __all__ = [
     "AdapterError",
     "AdapterInfo",
+    "BasisCheck",
+    "BasisError",
     "ChangeRecorder",
     "Changes",
     "ConvergenceError",
     "Estimate",
+    "InitialisationPlan",
+    "Initialised",
+    "LayerCheck",
     "Machine",
     "MergedFolder",
     "ModuleCheck",
@@ -70,17 +80,20 @@ __all__ = [
     "add_adapter",
     "attach",
     "build_info",
+    "check_basis",
     "checkpoint_adapters",
     "count_parameters",
     "detach",
     "disabled",
     "estimate",
     "export_lora",
+    "initialise",
     "load_adapter",
     "merge",
     "merge_saved",
     "orthonormality",
     "parameter_groups",
+    "plan_initialisation",
     "plot_changes",
     "plot_spectra",
     "rank_for_energy",

@@ -23,6 +23,7 @@ FLOORS = [
     {"layers"},
     {"model"},
     {"files"},
+    {"initialise"},
     {"analysis", "peft", "trainer"},
     {""},
     {"finetuning"},
@@ -54,6 +55,7 @@ MAY_NEED = {
     "analysis.plots": {"matplotlib"},
     "layers.quantised": {"bitsandbytes"},
     "files.card": {"huggingface_hub"},
+    "initialise.tree": {"transformers"},  # which makes the model of a config.json, and names its tensors
     "files.renamed": {"transformers"},  # whose names of a checkpoint's tensors nobody else knows
 }
 

@@ -11,6 +11,7 @@ from typing import Annotated, Any
 import typer
 
 import osora
+from osora.cli.init import init
 from osora.cli.output import REFUSED, Output, command, print_json, silence, whole_bytes
 from osora.cli.train import train
 from osora.files.format import CONFIG_FILE
@@ -241,6 +242,7 @@ def card(adapter: Adapter, json: Json = False) -> None:
         output.finish({"card": str(path)})
 
 
+app.command()(init)
 app.command()(train)
 
 _WrongWords: Any = typer.BadParameter.__mro__[2]  # ClickException, click's or of typer's own copy

@@ -16,7 +16,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
-from osora import AdapterError, ConvergenceError
+from osora import AdapterError, BasisError, ConvergenceError
 from osora.finetuning.listener import Stopped
 
 REFUSED, UNUSABLE, MISSING, UNEXPECTED, INTERRUPTED, PIPE_CLOSED, TERMINATED = 1, 2, 3, 4, 130, 141, 143
@@ -107,7 +107,7 @@ def command(as_json: bool, extra: str = "cli") -> Iterator[Output]:
             warnings.simplefilter("always", RuntimeWarning)
             warnings.showwarning = show  # type: ignore[assignment]
             yield output
-    except (AdapterError, ConvergenceError) as error:
+    except (AdapterError, BasisError, ConvergenceError) as error:
         raise fail(error, REFUSED) from error
     except ModuleNotFoundError as error:
         needs = ModuleNotFoundError(f"this command needs the package {error.name!r}: pip install 'osora[{extra}]'")

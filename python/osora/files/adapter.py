@@ -8,9 +8,10 @@ decomposes the base weights again; either way the base is checked to be the one 
 import os
 import time
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,8 @@ import torch
 from torch import Tensor, nn
 
 from osora.config import AdapterConfig
+from osora.files.basis import BasisFolder, Rest, from_basis, noted_basis
+from osora.files.basis_layer import BasisError
 from osora.files.card import keep_card
 from osora.files.evidence import (
     check_bases,
@@ -31,7 +34,7 @@ from osora.files.evidence import (
 from osora.files.format import CONFIG_FILE, FILE_METHODS, AdapterError, Description, write_adapter
 from osora.files.info import config_of, info_of
 from osora.files.readback import read_back
-from osora.files.tensors import read_adapter
+from osora.files.tensors import SavedAdapter, read_adapter
 from osora.layers.adapted import DEFAULT, AdaptedLinear
 from osora.layers.base_weight import base_weight
 from osora.layers.formulas import formula_of
@@ -113,8 +116,9 @@ def save_adapter(
             a model card as of :func:`osora.write_card`, where huggingface_hub is installed. A card with metadata that
             cannot be read is left as it is, with a warning.
         save_basis: store U and V, in the base weight's dtype. Without them the file of an OSoRA adapter is a few
-            kilobytes to megabytes and loading computes them again from the base; decompose with ``tol <= 1e-4`` then,
-            so that another machine finds the same basis.
+            kilobytes to megabytes and loading computes them again from the base, or reads them where the adapter came
+            from a basis that is kept (osora.attach's ``basis``); where it did not, decompose with ``tol <= 1e-4``, so
+            that another machine finds the same basis.
         name: which of several adapters; None for the active one. The name itself is not in the file.
 
     Raises:
@@ -134,7 +138,7 @@ def save_adapter(
         check_finite(module, values)
         for kind, value in values.items():
             tensors[method.key(module, kind)] = value.detach().to("cpu").contiguous()
-    if not save_basis and state.config.tol > 1e-4:
+    if not save_basis and state.config.tol > 1e-4 and state.basis is None:
         warnings.warn(
             f"saving without the basis, which was decomposed with tol={state.config.tol:g}: another machine may find "
             f"one that differs by as much, and refuse the adapter; attach with {type(state.config).__name__}(tol=1e-4) "
@@ -152,6 +156,7 @@ def save_adapter(
         _options(model, state.config, save_basis),
         save_basis,
         {module["name"]: module for module in modules},
+        basis=state.basis,
     )
     write_adapter(Path(folder), tensors, description.contents(), read_back)
     keep_card(info_of(Path(folder), description, state.config))
@@ -218,6 +223,31 @@ def _stored_factors(described: Mapping[str, Any], saved: Mapping[str, Tensor]) -
     )
 
 
+def _rebuilt(
+    targets: list[Target],
+    adapter: SavedAdapter,
+    config: AdapterConfig,
+    basis: str | os.PathLike[str] | None,
+    rest: Rest,
+) -> Iterator[tuple[Target, Decomposition]]:
+    """The triplets of an adapter whose file has none: from its basis, where that is kept, or computed again."""
+    description = adapter.description
+    if basis is not None:
+        kept: BasisFolder | None = BasisFolder(basis)
+    else:
+        kept = noted_basis(description.basis, description.path.parent) if description.basis else None
+    if kept is None:
+        return rest(targets)
+    wanted = description.basis
+    if wanted is not None and kept.fingerprint != wanted.fingerprint:
+        raise BasisError(
+            f"{kept.folder} is not the basis that {description.path.parent} came from (that was {wanted.folder}): name "
+            "that one, or none to compute it again"
+        )
+    targets = [replace(target, rank=description.modules[target.name]["rank"]) for target in targets]
+    return from_basis(kept, targets, config=config, missing="raise", unconverged="warn", rest=rest)
+
+
 def _has_basis(layer: AdaptedLinear | None, rank: int) -> bool:
     return layer is not None and layer.S0.numel() >= rank
 
@@ -228,6 +258,7 @@ def load_adapter(
     folder: str | os.PathLike[str],
     *,
     name: str | None = None,
+    basis: str | os.PathLike[str] | None = None,
     max_memory: int | None = None,
     progress: bool | None = None,
 ) -> nn.Module:
@@ -240,6 +271,8 @@ def load_adapter(
         model: the base model the adapter was trained on; another dtype of it is accepted with a warning.
         folder: what :func:`save_adapter` wrote, or PEFT's ``save_pretrained`` of an adapter of :mod:`osora.peft`.
         name: what to call it. None is for a model without any, where it is called "default".
+        basis: folder of the basis it came from (osora.attach's ``basis``), for a file without U and V; None looks where
+            the file says, and computes it again where that is gone.
         max_memory: bytes that computing a basis again may take, as for :func:`osora.attach`.
         progress: a progress bar while a basis is computed again; by default only on a terminal.
 
@@ -250,6 +283,7 @@ def load_adapter(
         FileNotFoundError: no adapter in ``folder``.
         AdapterError: a damaged or foreign file; another base; a basis that cannot be computed again, or is not the
             one that the model's other adapters share.
+        BasisError: ``basis`` is damaged, or not one of this adapter.
         ValueError: no name is given and the model has an adapter already; the name is taken; the model is merged; a
             weight cannot be decomposed within max_memory.
     """
@@ -263,6 +297,8 @@ def load_adapter(
     there = {id(layer.base_layer): layer for layer in all_layers(model).values()}
     adapter = read_adapter(folder)
     description, modules = adapter.description, adapter.description.modules
+    if basis is not None and description.save_basis:
+        raise ValueError(f"{description.path.parent} has its basis in its file: basis= is for one that has none")
     config = config_of(description)
     formula = formula_of(config)
     targets = _find_targets(model, modules, config)
@@ -273,7 +309,10 @@ def load_adapter(
     if description.save_basis:
         factors = {t.name: _stored_factors(modules[t.name], adapter.tensors[t.name]) for t in wanting}
     else:
-        rebuilt = decompose_targets(wanting, config, max_memory=max_memory, unconverged="warn", progress=progress)
+        compute = partial(
+            decompose_targets, config=config, max_memory=max_memory, unconverged="warn", progress=progress
+        )
+        rebuilt = _rebuilt(wanting, adapter, config, basis, compute)
         factors = {
             target.name: replace(found.leading(modules[target.name]["rank"]), S=adapter.tensors[target.name]["S0"])
             for target, found in rebuilt
@@ -284,9 +323,9 @@ def load_adapter(
     for target in targets:
         item, found, saved = modules[target.name], factors.get(target.name), adapter.tensors[target.name]
         if (layer := there.get(id(target.module))) is not None:
-            basis = layer.basis(item["rank"]) if found is None else layer.widened(found)
-            change = formula.factors(basis, [t.to(basis[2]) for t in formula.named(saved)])
-            check_shared(item, basis, change, saved["S0"], max(config.tol, layer.certificate.max_residual))
+            shared = layer.basis(item["rank"]) if found is None else layer.widened(found)
+            change = formula.factors(shared, [t.to(shared[2]) for t in formula.named(saved)])
+            check_shared(item, shared, change, saved["S0"], max(config.tol, layer.certificate.max_residual))
             joined.append((target, layer))
             continue
         assert found is not None
@@ -308,5 +347,5 @@ def load_adapter(
         saved = adapter.tensors[target.name]
         layer.add_adapter(name, formula, {kind: saved[kind] for kind in formula.kinds})
     put = install_beside if there else install
-    put(model, new, name, AdapterState(config, time.perf_counter() - began))
+    put(model, new, name, AdapterState(config, time.perf_counter() - began, basis=description.basis))
     return model

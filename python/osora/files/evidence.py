@@ -6,7 +6,7 @@ A base weight is known by its digest, and in another dtype by its sketch; a basi
 
 import math
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -118,33 +118,45 @@ def _within(now: Sequence[float], then: Sequence[float], allowed: float) -> bool
     return math.isfinite(allowed) and all(abs(a - b) <= allowed for a, b in zip(now, then, strict=True))
 
 
-def _check_base(described: Mapping[str, Any], base: Base) -> str | None:
+Refusal = Callable[[str, str, str], ValueError]
+"""What to raise for the weight of a module: of its name, how it was stored then, and how it is now."""
+
+
+def _not_the_adapters(name: str, then: str, now: str) -> ValueError:
+    return AdapterError(
+        f"the base weight {name} is not the one this adapter was trained on: load it on its own base model ({then}; "
+        f"this one is {now})"
+    )
+
+
+def check_base(described: Mapping[str, Any], base: Base, refusal: Refusal = _not_the_adapters) -> str | None:
     """None if the weight is the saved one; else what is different, or raise if it is another weight."""
     name, weight = described["name"], _Weight.of(base)
     same = described.get("quantization") == weight.quantization
     if same and weight.digest == described["weight_sha256"] and weight.quantization not in ("bnb-nf4", "bnb-fp4"):
         return None
     then, saved = described.get("quantization") or described["dtype"], DTYPES[described["dtype"]]
-    refusal = AdapterError(
-        f"the base weight {name} is not the one this adapter was trained on: load it on its own base model ({then}; "
-        f"this one is {weight.stored})"
-    )
+    other = refusal(name, then, weight.stored)
     if same and weight.quantization:
         if weight.digest != described["weight_sha256"]:
-            raise refusal
+            raise other
         share = _RESCALED
     elif same and saved == weight.dtype:
-        raise refusal
+        raise other
     else:
         # Another dtype: the same weight, rounded? Each of the sketch's numbers then moves by the rounding alone.
         share = 6 * max(fingerprint.rounding_unit(saved), fingerprint.rounding_unit(weight.dtype))
     allowed = share * float(torch.linalg.vector_norm(weight.values.detach(), dtype=torch.float64))
     if not _within(fingerprint.weight_sketch(weight.values, name), described["weight_sketch"], allowed):
-        raise refusal
+        raise other
     return None if same and weight.quantization else f"{then} then, {weight.stored} now"
 
 
-def check_bases(described: Sequence[Mapping[str, Any]], bases: Sequence[Base], stacklevel: int) -> None:
+def check_bases(
+    described: Sequence[Mapping[str, Any]],
+    bases: Sequence[Base],
+    stacklevel: int,
+) -> None:
     """Raise AdapterError unless each base is that of its module's description; warn of those in another dtype.
 
     Args:
@@ -153,10 +165,15 @@ def check_bases(described: Sequence[Mapping[str, Any]], bases: Sequence[Base], s
         stacklevel: of the warning.
     """
     with ThreadPoolExecutor(max(1, torch.get_num_threads())) as pool:  # hashing leaves the interpreter's lock
-        differences = [d for d in pool.map(_check_base, described, bases) if d is not None]
+        differences = [d for d in pool.map(check_base, described, bases) if d is not None]
+    warn_of_rounding(differences, "the adapter was saved", stacklevel + 1)
+
+
+def warn_of_rounding(differences: Sequence[str], since: str, stacklevel: int) -> None:
+    """One warning for all that :func:`check_base` found of base weights in another dtype, if anything."""
     if differences:
         warnings.warn(
-            f"{len(differences)} base weights were rounded to another dtype since the adapter was saved "
+            f"{len(differences)} base weights were rounded to another dtype since {since} "
             f"({differences[0]}); its function is the same up to that rounding",
             RuntimeWarning,
             stacklevel=stacklevel,
@@ -245,6 +262,7 @@ def check_shared(
 
 __all__ = [
     "certificate_of",
+    "check_base",
     "check_bases",
     "check_describable",
     "check_finite",
@@ -252,4 +270,5 @@ __all__ = [
     "check_shared",
     "check_stored",
     "describe",
+    "warn_of_rounding",
 ]

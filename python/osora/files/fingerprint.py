@@ -63,13 +63,38 @@ def _update(digest: Any, tensor: Tensor) -> None:
         digest.update(part.numpy().data)
 
 
-def weight_sketch(weight: Tensor, name: str) -> list[float]:
-    """``gᵢᵀ W hᵢ`` for fixed sign vectors g, h: about N(0, ‖W‖_F²) each. In float64: the sums must add no error."""
+def _sketched(image: Tensor, name: str) -> list[float]:
+    """``gᵢᵀ (W hᵢ)`` of the columns of an image [d, PROBES]."""
+    return [_short(float(_signs(f"{name}|g{i}", len(image)) @ image[:, i].double())) for i in range(PROBES)]
+
+
+def _columns(weight: Tensor, name: str) -> Tensor:
+    """The vectors h [k, PROBES], in the dtype that W is multiplied in.
+
+    Float32 is enough for a 16-bit weight, whose sketch is never held to less than its rounding; else the sums must add
+    no error.
+    """
     h = torch.stack([_signs(f"{name}|h{i}", weight.shape[1]) for i in range(PROBES)], 1)
+    return h.float() if weight.dtype.itemsize == 2 else h
+
+
+def weight_sketch(weight: Tensor, name: str) -> list[float]:
+    """``gᵢᵀ W hᵢ`` for fixed sign vectors g, h: about N(0, ‖W‖_F²) each."""
+    h = _columns(weight, name)
     rows = max(1, 2**21 // max(1, weight.shape[1]))  # some 16 MB at a time
-    parts = [part.to("cpu", torch.float64) @ h for part in weight.detach().split(rows)]
-    image = torch.cat(parts)
-    return [_short(float(_signs(f"{name}|g{i}", weight.shape[0]) @ image[:, i])) for i in range(PROBES)]
+    return _sketched(torch.cat([part.to("cpu", h.dtype) @ h for part in weight.detach().split(rows)]), name)
+
+
+def weight_evidence(weight: Tensor, name: str) -> tuple[str, list[float]]:
+    """:func:`weight_digest` and :func:`weight_sketch` of a matrix, which is read once for both if it has 16 bits."""
+    if weight.dtype.itemsize != 2:
+        return weight_digest(weight), weight_sketch(weight, name)
+    digest, h, image = hashlib.sha256(), _columns(weight, name), []
+    for part in weight.detach().split(max(1, 2**21 // max(1, weight.shape[1]))):
+        exact = part.to("cpu", torch.float32).contiguous()
+        digest.update(exact.numpy().data)
+        image.append(exact @ h)
+    return digest.hexdigest(), _sketched(torch.cat(image), name)
 
 
 def factored_sketch(left: Tensor, right: Tensor, name: str) -> list[float]:

@@ -10,7 +10,7 @@ import math
 import os
 import sys
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from torch import Tensor
 
 from osora.files import fingerprint
 from osora.files.whole import finish, temporary_beside, why_unreadable
+from osora.model.state import BasisNote
 from osora.reference import FLOATS
 
 FORMAT_VERSION = 2
@@ -112,6 +113,7 @@ class Description:
     save_basis: bool
     modules: dict[str, dict[str, Any]]  # by name, in the file's order
     others: tuple[str, ...] | None = None  # the file's further tensors by name: whole modules, rows, embeddings
+    basis: BasisNote | None = None  # which kept basis it came from
 
     @property
     def kinds(self) -> tuple[str, ...]:
@@ -139,7 +141,8 @@ class Description:
         modules = list(self.modules.values())
         block: dict[str, Any] = {"format_version": FORMAT_VERSION, "save_basis": self.save_basis}
         others = {"others": list(self.others)} if self.others else {}
-        return self.options | {BLOCK: block | others | {"modules": modules}}
+        basis = {"basis": asdict(self.basis)} if self.basis else {}
+        return self.options | {BLOCK: block | others | basis | {"modules": modules}}
 
     def extras(self) -> dict[str, Any]:
         """The options in force that stand for tensors of PEFT's own: trained biases, whole modules, tokens."""
@@ -223,7 +226,23 @@ def described(config: Mapping[str, Any], path: Path) -> Description:
     others = block.get("others")
     if others is not None and not (isinstance(others, list) and all(isinstance(key, str) for key in others)):
         raise AdapterError(f"{path}: others is no list of tensors' names")
-    return Description(path, method, options, block["save_basis"], modules, None if others is None else tuple(others))
+    return Description(
+        path,
+        method,
+        options,
+        block["save_basis"],
+        modules,
+        None if others is None else tuple(others),
+        _basis_note(path, block.get("basis")),
+    )
+
+
+def _basis_note(path: Path, note: Any) -> BasisNote | None:
+    if note is None:
+        return None
+    if not isinstance(note, dict) or not all(isinstance(note.get(key), str) for key in ("fingerprint", "folder")):
+        raise AdapterError(f"{path}: basis must name a fingerprint and a folder")
+    return BasisNote(note["fingerprint"], note["folder"])
 
 
 def _check_module(path: Path, module: Any) -> None:

@@ -67,23 +67,40 @@ def _largest_entry(basis: Tensor) -> float:
     return float((gram - torch.eye(len(gram), dtype=gram.dtype, device=gram.device)).abs().max())
 
 
-def _check(saved: SavedModule, key: str, layer: AdaptedLinear) -> ModuleCheck:
-    weight = oriented_weight(layer.base_layer).detach()
-    U, V, S0 = (t.double() for t in layer.basis())
+def measured(weight: Tensor, U: Tensor, V: Tensor, S0: Tensor, certified: float, dtype: torch.dtype) -> "Measured":
+    """The residual of triplets [d, r], [k, r], [r] of a weight [d, k], in float64, and what rounding allows.
+
+    ``dtype`` is the one that U and V are stored in, ``certified`` the largest residual that is claimed.
+    """
+    U, V, S0 = U.double(), V.double(), S0.double()
     # Rounding u and v by a unit moves the residual by a unit of σ₁ and of σᵢ, over σᵢ; four of each is never reached.
     # Below the rounding floor a residual may be as large as the floor. A weight of zeros has residuals of 0.
     largest = float(S0.max())
     floor = rounding_floor(weight.shape, weight.dtype) * largest
     above = S0[S0 > floor]
     least = max(float(above.min()) if above.numel() else 0.0, 1e-30 * largest, 1e-300)
-    unit = max(rounding_unit(dtype) for dtype in (layer.U.dtype, DTYPES[saved.dtype]))
-    allowed = saved.max_residual * (1 + 1e-3) + 4 * unit * (largest / least + 1)
+    allowed = certified * (1 + 1e-3) + 4 * rounding_unit(dtype) * (largest / least + 1)
     off = torch.linalg.vector_norm(weight.double().t() @ U - V * S0, dim=0)
     off = torch.where(S0 > floor, off, (off - floor).clamp_min(0))
-    residual = float((off / S0.clamp_min(least)).max())
-    orthonormal = max(_largest_entry(U), _largest_entry(V))
+    return Measured(float((off / S0.clamp_min(least)).max()), allowed, max(_largest_entry(U), _largest_entry(V)))
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Of one layer's triplets."""
+
+    residual: float
+    allowed: float
+    orthonormal: float
+    """The largest entry of ``UᵀU − I`` and ``VᵀV − I``."""
+
+
+def _check(saved: SavedModule, key: str, layer: AdaptedLinear) -> ModuleCheck:
+    weight = oriented_weight(layer.base_layer).detach()
+    dtype = max((layer.U.dtype, DTYPES[saved.dtype]), key=rounding_unit)
+    found = measured(weight, *layer.basis(), saved.max_residual, dtype)
     same_bits = weight_digest(weight) == saved.weight_sha256
-    return ModuleCheck(saved.name, key, same_bits, residual, saved.max_residual, allowed, orthonormal)
+    return ModuleCheck(saved.name, key, same_bits, found.residual, saved.max_residual, found.allowed, found.orthonormal)
 
 
 def verify_adapter(
@@ -123,4 +140,4 @@ def verify_adapter(
     )
 
 
-__all__ = ["ModuleCheck", "Verification", "verify_adapter"]
+__all__ = ["Measured", "ModuleCheck", "Verification", "measured", "verify_adapter"]

@@ -18,12 +18,12 @@ from safetensors import SafetensorError
 
 from osora import build_info
 from osora.files.adapter import load_adapter, save_adapter
+from osora.files.attach import attach
 from osora.files.card import write_card
 from osora.files.whole import new_folder, refuse_used, write_json
 from osora.finetuning.data import Example, encode_all, read_jsonl
 from osora.finetuning.listener import Listener
 from osora.finetuning.settings import TrainSettings
-from osora.model.attach import attach
 from osora.model.numbers import count_parameters, summary
 
 NEEDS = ("transformers", "accelerate", "huggingface_hub")

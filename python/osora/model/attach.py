@@ -1,24 +1,25 @@
 # SPDX-License-Identifier: Apache-2.0
-"""An adapter's way into a model and out of it: decompose, wrap, freeze; and all of it back."""
+"""An adapter's way into a model and out of it: wrap, freeze; and all of it back."""
 
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import nn
 
-from osora.config import AdapterConfig, OsoraConfig
-from osora.layers.adapted import DEFAULT, AdaptedLinear
+from osora.config import AdapterConfig
+from osora.layers.adapted import AdaptedLinear
 from osora.layers.formulas import formula_of
 from osora.layers.linears import make_layer
 from osora.layers.quantised import allow_packing, keep_order
-from osora.model.decompose import as_asked, decompose_targets, notes_of
+from osora.model.decompose import as_asked, notes_of
 from osora.model.fresh import CURE, fresh_parts, warn_of_fresh
 from osora.model.merge import merge_layers
 from osora.model.state import (
     AdapterState,
+    BasisNote,
     State,
     adapted_layers,
     all_layers,
@@ -31,7 +32,7 @@ from osora.model.state import (
 )
 from osora.model.targets import Target, find_targets, uncompiled
 from osora.model.together import follow_calls
-from osora.svd.certificate import Unconverged
+from osora.svd.certificate import Decomposition
 
 
 def _replace(model: nn.Module, names: Iterable[str], module: nn.Module) -> None:
@@ -72,80 +73,38 @@ def unwrap(model: nn.Module, layers: Iterable[AdaptedLinear]) -> None:
             _replace(model, [name], module.base_layer)
 
 
-def attach(
-    model: nn.Module,
-    config: AdapterConfig | None = None,
-    *,
-    name: str = DEFAULT,
-    max_memory: int | None = None,
-    unconverged: Unconverged = "warn",
-    progress: bool | None = None,
-) -> nn.Module:
-    """Give ``model`` an adapter, in place, and freeze everything else.
+Source = Callable[[list[Target]], Iterable[tuple[Target, Decomposition]]]
+"""Gives targets' factors, in any order."""
 
-    The output is unchanged: the adapter starts as nothing. On a CPU that holds bit for bit, on a GPU up to the kernels
-    that cuBLAS chooses for the products. If anything is wrong with the model or the
-    config, an error comes before the model is touched.
 
-    Args:
-        model: any ``nn.Module`` with linear layers.
-        config: an :class:`osora.OsoraConfig` or :class:`osora.SorsaConfig`; by default OSoRA on every
-            linear layer but the output head, at rank 64.
-        name: the adapter's, to tell it from those that osora.add_adapter and osora.load_adapter put beside it.
-        max_memory: bytes that a decomposition may take beyond the weights and the factors, None for no limit; see
-            :func:`osora.svd_plan`. Fewer weights are in work at the same time if need be.
-        unconverged: "warn" or "raise" when a decomposition misses ``config.tol``.
-        progress: a progress bar; by default only on a terminal.
-
-    Returns:
-        ``model`` itself.
-
-    Raises:
-        ValueError: no target, a tied weight, NaN in a weight, one that does not fit in max_memory, one made in
-            inference mode, an adapter already there, a model in DistributedDataParallel already.
-        TypeError: a quantised or integer weight.
-        osora.ConvergenceError: see ``unconverged``.
-    """
+def attach_from(
+    model: nn.Module, config: AdapterConfig, name: str, source: Source, basis: BasisNote | None, stacklevel: int
+) -> None:
+    """Find the targets, wrap them with the factors that ``source`` gives, freeze the rest; see :func:`osora.attach`."""
     serving = torch.is_inference_mode_enabled()
     with torch.inference_mode(False):  # what is made here is to be trained, whatever the mode around it
-        return _attach(model, config, name, max_memory, unconverged, progress, serving)
-
-
-def _attach(
-    model: nn.Module,
-    config: AdapterConfig | None,
-    name: str,
-    max_memory: int | None,
-    unconverged: Unconverged,
-    progress: bool | None,
-    serving: bool,
-) -> nn.Module:
-    config = OsoraConfig() if config is None else config
-    formula = formula_of(config)
-    refuse_if_adapted(model)
-    check_new_name(model, name)
-    began = time.perf_counter()
-    fresh = fresh_parts(model)
-    targets = find_targets(model, config, fresh)
-    whole = {target.name: target.module for target in targets}
-    refuse_sharded(whole, "decomposed", "attach the adapter before the model is sharded")
-    for target in targets:
-        weight: Any = target.module.weight
-        if weight.is_inference() and not serving:
-            raise ValueError(
-                f"{target.name}.weight was made within torch.inference_mode(), and nothing can be trained on it: load "
-                "the model outside of it (torch.no_grad() serves as well)"
-            )
-    warn_of_fresh(fresh, CURE, stacklevel=4)
-    layers = []
-    for target, factors in decompose_targets(
-        targets, config, max_memory=max_memory, unconverged=unconverged, progress=progress
-    ):
-        target, factors = as_asked(target, factors, config)
-        layers.append((target, make_layer(target.module, factors, formula, config.dropout, name)))
-    notes = notes_of(target for target, _ in layers)
-    install(model, layers, name, AdapterState(config, time.perf_counter() - began, notes))
-    return model
+        formula = formula_of(config)
+        refuse_if_adapted(model)
+        check_new_name(model, name)
+        began = time.perf_counter()
+        fresh = fresh_parts(model)
+        targets = find_targets(model, config, fresh)
+        whole = {target.name: target.module for target in targets}
+        refuse_sharded(whole, "decomposed", "attach the adapter before the model is sharded")
+        for target in targets:
+            weight: Any = target.module.weight
+            if weight.is_inference() and not serving:
+                raise ValueError(
+                    f"{target.name}.weight was made within torch.inference_mode(), and nothing can be trained on it: "
+                    "load the model outside of it (torch.no_grad() serves as well)"
+                )
+        warn_of_fresh(fresh, CURE, stacklevel + 1)
+        layers = []
+        for target, factors in source(targets):
+            target, factors = as_asked(target, factors, config)
+            layers.append((target, make_layer(target.module, factors, formula, config.dropout, name)))
+        notes = notes_of(target for target, _ in layers)
+        install(model, layers, name, AdapterState(config, time.perf_counter() - began, notes, basis=basis))
 
 
 def detach(model: nn.Module, *, merged: bool = False) -> nn.Module:

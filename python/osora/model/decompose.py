@@ -62,7 +62,8 @@ def batches(targets: list[Target]) -> Iterator[list[Target]]:
             yield group[begin : begin + size]
 
 
-def _check_fits(target: Target, max_memory: int) -> None:
+def check_fits(target: Target, max_memory: int) -> None:
+    """Raise ValueError for a target whose decomposition takes more than ``max_memory`` bytes."""
     weight = target.weight
     plan = svd_plan(weight.shape, target.rank, weight.stored, weight.device)
     if plan.bytes > max_memory:
@@ -121,7 +122,7 @@ def decompose_targets(
         if not target.weight.quantised:
             check_matrix(oriented_weight(target.module), f"{target.name}.weight")
         if max_memory is not None:
-            _check_fits(target, max_memory)
+            check_fits(target, max_memory)
     columns = (TextColumn("[bold]{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, disable=progress is False, transient=progress is None) as bar:
         if progress is None and not bar.console.is_terminal:

@@ -19,6 +19,14 @@ log = logging.getLogger("osora")
 _ATTRIBUTE = "_osora"  # of an adapted model
 
 
+@dataclass(frozen=True)
+class BasisNote:
+    """Which kept basis (docs/basis.md) an adapter came from: the fingerprint of its index, and its folder."""
+
+    fingerprint: str
+    folder: str
+
+
 @dataclass
 class AdapterState:
     """What one adapter was asked to be, and what came of it."""
@@ -27,6 +35,7 @@ class AdapterState:
     seconds: float
     notes: dict[str, str] = field(default_factory=dict)  # module name -> what is worth a line
     penalty: Penalty | None = None  # of SORSA, as long as the adapter is there
+    basis: BasisNote | None = None
 
     def begin(self, model: nn.Module, name: str) -> None:
         """The adapter is in the model from now on: say what is worth a line, and penalise what is to be penalised."""
