@@ -15,9 +15,9 @@ from osora.files.info import AdapterInfo, SavedModule, adapter_info
 from osora.files.merge import MergedFolder, merge_saved
 from osora.files.resume import checkpoint_adapters, restore_adapter
 from osora.files.verify import ModuleCheck, Verification, verify_adapter
-from osora.initialise.check import BasisCheck, LayerCheck, check_basis
-from osora.initialise.request import InitialisationPlan
-from osora.initialise.run import Initialised, initialise, plan_initialisation
+from osora.initialisation.check import BasisCheck, LayerCheck, check_basis
+from osora.initialisation.request import InitialisationPlan
+from osora.initialisation.run import Initialised, initialise, plan_initialisation
 from osora.layers.penalty import orthonormality
 from osora.model.adapters import (
     active_adapter,

@@ -23,7 +23,7 @@ FLOORS = [
     {"layers"},
     {"model"},
     {"files"},
-    {"initialise"},
+    {"initialisation"},
     {"analysis", "peft", "trainer"},
     {""},
     {"finetuning"},
@@ -55,7 +55,7 @@ MAY_NEED = {
     "analysis.plots": {"matplotlib"},
     "layers.quantised": {"bitsandbytes"},
     "files.card": {"huggingface_hub"},
-    "initialise.tree": {"transformers"},  # which makes the model of a config.json, and names its tensors
+    "initialisation.tree": {"transformers"},  # which makes the model of a config.json, and names its tensors
     "files.renamed": {"transformers"},  # whose names of a checkpoint's tensors nobody else knows
 }
 

@@ -10,7 +10,7 @@ import typer
 
 import osora
 from osora.cli.output import REFUSED, Output, command, whole_bytes
-from osora.initialise.rate import product_rate
+from osora.initialisation.rate import product_rate
 
 
 def _list(values: list[str] | None) -> list[str] | str | None:

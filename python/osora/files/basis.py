@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """A basis that is kept (docs/basis.md): a folder with each layer's triplets and one index, for any number of adapters.
 
-Nothing here knows how it was made; see :mod:`osora.initialise`.
+Nothing here knows how it was made; see :mod:`osora.initialisation`.
 """
 
 import hashlib

@@ -16,7 +16,6 @@ from torch import Tensor, nn
 
 from osora.files.base_folder import BaseFolder, BaseFolderError
 
-
 _KEPT_EXACT = {  # where transformers lists modules that stay in float32 when a model is loaded in that dtype
     torch.bfloat16: ("_keep_in_fp32_modules_strict",),
     torch.float16: ("_keep_in_fp32_modules_strict", "_keep_in_fp32_modules"),

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from osora.config import AdapterConfig
 from osora.files.base_folder import BaseFolder, BaseFolderError, Stored
-from osora.initialise.tree import Origin, dtypes_of, model_of, origins_of, refuse_quantised
+from osora.initialisation.tree import Origin, dtypes_of, model_of, origins_of, refuse_quantised
 from osora.layers.base_weight import base_weight, is_conv1d
 from osora.model.targets import Target, find_targets, uncompiled
 from osora.reference import FLOATS

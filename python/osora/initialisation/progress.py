@@ -3,8 +3,8 @@
 
 from types import TracebackType
 
-from osora.initialise.layers import SourceLayer
-from osora.initialise.request import InitialisationPlan, job_of
+from osora.initialisation.layers import SourceLayer
+from osora.initialisation.request import InitialisationPlan, job_of
 
 
 class Progress:

@@ -14,11 +14,11 @@ from torch import Tensor
 from osora.files import fingerprint
 from osora.files.basis import BasisLayer, fingerprint_of, write_index
 from osora.files.basis_layer import BasisError, describe_layer, file_name, read_layer, write_layer
-from osora.initialise.claims import Claims
-from osora.initialise.layers import SourceLayer
-from osora.initialise.parts import Part
-from osora.initialise.request import InitialisationPlan, Request
-from osora.initialise.schedule import order_for, schedule
+from osora.initialisation.claims import Claims
+from osora.initialisation.layers import SourceLayer
+from osora.initialisation.parts import Part
+from osora.initialisation.request import InitialisationPlan, Request
+from osora.initialisation.schedule import order_for, schedule
 from osora.layers.base_weight import dense_weight
 from osora.svd.certificate import Decomposition, Unconverged, report_failure
 from osora.svd.truncated import decompose

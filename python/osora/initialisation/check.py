@@ -16,8 +16,8 @@ from osora.files.basis import BasisFolder
 from osora.files.basis_layer import BasisError
 from osora.files.format import DTYPES
 from osora.files.verify import measured
-from osora.initialise.layers import SourceModel
-from osora.initialise.tree import snapshot
+from osora.initialisation.layers import SourceModel
+from osora.initialisation.tree import snapshot
 from osora.layers.base_weight import dense_weight
 
 

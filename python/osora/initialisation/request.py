@@ -12,9 +12,9 @@ from torch import nn
 from osora.config import AdapterConfig
 from osora.files.base_folder import BaseFolder
 from osora.files.basis_layer import LayerEntry
-from osora.initialise.layers import SourceLayer, SourceModel, bytes_free
-from osora.initialise.schedule import Job, units
-from osora.initialise.tree import snapshot
+from osora.initialisation.layers import SourceLayer, SourceModel, bytes_free
+from osora.initialisation.schedule import Job, units
+from osora.initialisation.tree import snapshot
 from osora.model.decompose import check_fits
 from osora.reference import FLOATS, accumulate_dtype
 from osora.svd.plan import svd_plan

@@ -17,13 +17,13 @@ from osora.config import AdapterConfig, OsoraConfig
 from osora.files.basis import INDEX_FILE, BasisFolder
 from osora.files.basis_layer import BasisError, file_name
 from osora.files.whole import write_json
-from osora.initialise.claims import EXPIRY, Claims
-from osora.initialise.layers import SourceLayer
-from osora.initialise.parts import cores, part_of
-from osora.initialise.pipeline import Pipeline, Times
-from osora.initialise.progress import Progress
-from osora.initialise.request import InitialisationPlan, Request
-from osora.initialise.work import UNFINISHED, Work
+from osora.initialisation.claims import EXPIRY, Claims
+from osora.initialisation.layers import SourceLayer
+from osora.initialisation.parts import cores, part_of
+from osora.initialisation.pipeline import Pipeline, Times
+from osora.initialisation.progress import Progress
+from osora.initialisation.request import InitialisationPlan, Request
+from osora.initialisation.work import UNFINISHED, Work
 from osora.svd.arguments import check_max_memory, check_unconverged
 from osora.svd.certificate import Unconverged, report_failure
 
