@@ -245,7 +245,8 @@ def _rebuilt(
             "that one, or none to compute it again"
         )
     targets = [replace(target, rank=description.modules[target.name]["rank"]) for target in targets]
-    return from_basis(kept, targets, config=config, missing="raise", unconverged="warn", rest=rest)
+    known = {name: item["weight_sha256"] for name, item in description.modules.items()}  # load_adapter has looked
+    return from_basis(kept, targets, config=config, missing="raise", unconverged="warn", rest=rest, known=known)
 
 
 def _has_basis(layer: AdaptedLinear | None, rank: int) -> bool:

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Literal
 
 import torch
@@ -202,7 +203,9 @@ class BasisFolder:
                 "(osora init --dtype float64)"
             )
 
-    def _one(self, target: Target, name: str, config: AdapterConfig) -> tuple[Decomposition, str | None]:
+    def _one(
+        self, target: Target, name: str, config: AdapterConfig, known: str | None
+    ) -> tuple[Decomposition, str | None]:
         entry = self.layers[name].entry
 
         def refusal(_: str, then: str, now: str) -> BasisError:
@@ -211,7 +214,8 @@ class BasisFolder:
                 "here): make a basis of this model (osora init)"
             )
 
-        difference = check_base(asdict(entry), target.module, refusal)
+        same = known == entry.weight_sha256
+        difference = None if same else check_base(asdict(entry), target.module, refusal)
         factors = replace(self.read(name).leading(target.rank), name=target.name)
         if factors.converged and factors.certificate.max_residual > config.tol:
             raise BasisError(
@@ -221,7 +225,7 @@ class BasisFolder:
         return factors, difference
 
     def factors(
-        self, targets: Sequence[Target], names: Mapping[str, str], config: AdapterConfig
+        self, targets: Sequence[Target], names: Mapping[str, str], config: AdapterConfig, known: Mapping[str, str]
     ) -> Iterator[tuple[Target, Decomposition]]:
         """Each target with its leading triplets, in order; the base weights are checked to be those of the basis.
 
@@ -229,6 +233,7 @@ class BasisFolder:
             targets: layers that are all in ``names``.
             names: of :meth:`names_for`.
             config: whose ``tol`` the triplets must hold.
+            known: target's name → digest of its weight, where somebody has looked: no need to look again.
 
         Raises:
             BasisError: another base, too small a rank, a narrower dtype, a damaged file; naming it.
@@ -252,12 +257,20 @@ class BasisFolder:
                 for target in targets:
                     if len(waiting) > 2 * workers:
                         yield next_one()
-                    waiting.append((target, pool.submit(self._one, target, names[target.name], config)))
+                    waiting.append(
+                        (target, pool.submit(self._one, target, names[target.name], config, known.get(target.name)))
+                    )
                 while waiting:
                     yield next_one()
             finally:
                 pool.shutdown(wait=True, cancel_futures=True)
         warn_of_rounding(differences, "the basis was made", stacklevel=6)
+
+
+def check_missing(missing: str) -> None:
+    """Raise ValueError for what :func:`from_basis` does not know."""
+    if missing not in ("raise", "compute"):
+        raise ValueError(f'missing must be "raise" or "compute", got {missing!r}')
 
 
 Rest = Callable[[list[Target]], Iterator[tuple[Target, Decomposition]]]
@@ -271,6 +284,7 @@ def from_basis(
     missing: Missing,
     unconverged: Unconverged,
     rest: Rest,
+    known: Mapping[str, str] = MappingProxyType({}),
 ) -> Iterator[tuple[Target, Decomposition]]:
     """The targets' triplets from a basis, and those of layers that it lacks from ``rest``, if ``missing`` says so.
 
@@ -278,8 +292,7 @@ def from_basis(
         ValueError: ``missing`` is unknown.
         BasisError: a layer is missing and ``missing`` is "raise"; what :meth:`BasisFolder.factors` refuses.
     """
-    if missing not in ("raise", "compute"):
-        raise ValueError(f'missing must be "raise" or "compute", got {missing!r}')
+    check_missing(missing)
     names = basis.names_for(targets)
     absent = [target for target in targets if target.name not in names]
     if absent and missing == "raise":
@@ -289,7 +302,7 @@ def from_basis(
             "make the basis with these targets (osora init)"
         )
     failed = []
-    for target, found in basis.factors([target for target in targets if target.name in names], names, config):
+    for target, found in basis.factors([target for target in targets if target.name in names], names, config, known):
         if not found.converged:
             failed.append(found)
         yield target, found
@@ -298,13 +311,16 @@ def from_basis(
         yield from rest(absent)
 
 
-def noted_basis(note: BasisNote, beside: Path) -> BasisFolder | None:
-    """The basis that an adapter in the folder ``beside`` came from, if it is still where the adapter's file says.
+def noted_basis(note: BasisNote, adapter: Path | None = None) -> BasisFolder | None:
+    """The basis that an adapter came from, if it is still where the adapter's file says.
 
-    Its folder is looked for as it is named, and under its last name beside the adapter's folder. One that is damaged
-    or another one by now is warned about.
+    Its folder is looked for as it is named, and under its last name beside the adapter's folder, if that is known. One
+    that is damaged or another one by now is warned about.
     """
-    for folder in dict.fromkeys((Path(note.folder), beside.resolve().parent / Path(note.folder).name)):
+    places = [Path(note.folder)]
+    if adapter is not None:
+        places.append(adapter.resolve().parent / Path(note.folder).name)
+    for folder in dict.fromkeys(places):
         try:
             if not (folder / INDEX_FILE).is_file():
                 continue
@@ -330,6 +346,7 @@ __all__ = [
     "BasisFolder",
     "BasisLayer",
     "Missing",
+    "check_missing",
     "fingerprint_of",
     "from_basis",
     "noted_basis",

@@ -32,7 +32,7 @@ _ROOT = "base_model.model."  # what PEFT puts before a module's name
 # Of PEFT's own options. The first change nothing that is in the files, the others mean tensors that are not osora's.
 PEFT_RECORDS = frozenset(
     "peft_type peft_version auto_mapping base_model_name_or_path revision task_type inference_mode "
-    "save_basis init_weights layers_pattern".split()
+    "save_basis init_weights layers_pattern basis missing".split()
 )
 PEFT_EXTRAS = {"bias": "none", "modules_to_save": None, "trainable_token_indices": None}
 

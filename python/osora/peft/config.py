@@ -12,6 +12,7 @@ from torch import nn
 
 from osora import config as native
 from osora.config import ALL_LINEAR
+from osora.files.basis import check_missing
 from osora.files.format import (
     BLOCK,
     CONFIG_FILE,
@@ -23,10 +24,13 @@ from osora.files.format import (
 )
 from osora.files.info import config_of
 from osora.files.tensors import check_header
+from osora.model.state import BasisNote
 from osora.peft import saving
 from osora.peft.options import knows_its_options
 from osora.peft.registry import peft_type
 from osora.peft.selecting import STASH
+
+_OF_A_BASIS = {"basis": None, "missing": "raise"}  # options of the place where an adapter is made, not of the adapter
 
 
 @dataclass
@@ -67,6 +71,8 @@ class AdapterConfig(PeftConfig):
         default=True, metadata={"help": "False starts from random changes instead of none, for tests."}
     )
     save_basis: bool = field(default=True, metadata={"help": "Whether the adapter's file holds U and V."})
+    basis: str | None = field(default=None, metadata={"help": "Folder of a basis to read U, V and S0 from."})
+    missing: str = field(default="raise", metadata={"help": '"raise" or "compute": layers that the basis lacks.'})
     osora: dict | None = field(default=None, repr=False, metadata={"help": "Of a saved adapter: what is in its file."})
 
     def __post_init__(self) -> None:
@@ -87,6 +93,11 @@ class AdapterConfig(PeftConfig):
         for name in ("init_weights", "save_basis"):
             if not isinstance(getattr(self, name), bool):
                 raise TypeError(f"{name} must be True or False, got {getattr(self, name)!r}")
+        if self.basis is not None:
+            if not isinstance(self.basis, str | os.PathLike):
+                raise TypeError(f"basis must be the folder of a basis, or None, got {self.basis!r}")
+            self.basis = os.fspath(self.basis)
+        check_missing(self.missing)
         self.native()
 
     @property
@@ -107,7 +118,8 @@ class AdapterConfig(PeftConfig):
         return described(self._options() | {BLOCK: self.osora}, Path(CONFIG_FILE))
 
     def _options(self) -> dict[str, Any]:
-        options = {key: value for key, value in asdict(self).items() if key != "osora"}
+        unset = [key for key, value in _OF_A_BASIS.items() if getattr(self, key) == value]
+        options = {key: value for key, value in asdict(self).items() if key not in ("osora", *unset)}
         return {key: sorted(value) if isinstance(value, set) else value for key, value in options.items()} | {
             "peft_type": FILE_METHODS[self.native_class.method].peft_type
         }
@@ -148,12 +160,23 @@ class AdapterConfig(PeftConfig):
         Raises:
             ValueError: the adapter has NaN or infinite values, or its parameters are sharded.
         """
-        options = self._options()
+        options = {key: value for key, value in self._options().items() if key not in _OF_A_BASIS}
         if kwargs.get("auto_mapping_dict") is not None:
             options["auto_mapping"] = kwargs["auto_mapping_dict"]
         saving.save(self, options, Path(save_directory))
 
     # -- the model it is in --
+
+    _note: ClassVar[BasisNote | None] = None  # of an instance: which kept basis it came from
+
+    def came_from(self, basis: BasisNote | None) -> None:
+        """Remember the kept basis that the adapter came from: its file says so."""
+        self.__dict__["_note"] = basis
+
+    @property
+    def note(self) -> BasisNote | None:
+        """What :meth:`came_from` was told."""
+        return self.__dict__.get("_note")
 
     _home: ClassVar[None] = None  # of an instance: the model without PEFT around it, and the adapter's name there
 
@@ -195,7 +218,11 @@ class OsoraConfig(AdapterConfig):
         modules_to_save: modules to train and save whole.
         trainable_token_indices: rows of the embedding to train.
         init_weights: False starts from random changes instead of none. For tests.
-        save_basis: whether the file holds U and V. Without them loading decomposes the base again, and checks.
+        save_basis: whether the file holds U and V. Without them loading decomposes the base again, or reads the basis
+            that the adapter came from, and checks.
+        basis: folder of a basis of this base, as osora.initialise writes it: U, V and S0 are read, not computed. It is
+            no part of the file, which says by itself what basis it came from.
+        missing: "raise" or "compute", for layers that the basis does not have.
 
     Raises:
         TypeError, ValueError: a value of the wrong type or out of range, naming it.

@@ -2,15 +2,20 @@
 """What a new adapter's tensors start as: a shared basis, a decomposition (all of a shape at once), or a file's."""
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from functools import partial
+from types import MappingProxyType
+from typing import Any
 
 import torch
 
 from osora.files.adapter import rank_decomposed
+from osora.files.basis import BasisFolder, from_basis, noted_basis
 from osora.files.evidence import certificate_of, check_bases
 from osora.files.format import AdapterError, Description
 from osora.layers.base_weight import base_weight, dense_weight
 from osora.layers.formulas import owned
+from osora.model.attach import Source
 from osora.model.decompose import decompose_targets, rank_note, with_enough
 from osora.model.targets import Target
 from osora.peft.config import AdapterConfig
@@ -36,7 +41,11 @@ def fill(layers: Sequence[AdapterLayer], name: str, config: AdapterConfig) -> No
     wanting = {}
     for layer in layers:
         rank = layer.box("S0")[name].numel()
-        wide = [other for other in layer.widest() if other != name and _suits(layer, other, rank, config.tol)]
+        wide = (
+            ()
+            if config.basis is not None
+            else [other for other in layer.widest() if other != name and _suits(layer, other, rank, config.tol)]
+        )
         if wide:
             U, V, S0 = layer.basis(wide[0])
             layer.adapters[name].certificate = layer.adapters[wide[0]].certificate
@@ -45,9 +54,7 @@ def fill(layers: Sequence[AdapterLayer], name: str, config: AdapterConfig) -> No
         else:
             wanting[layer.name] = layer
     targets = [_target(layer, layer.box("S0")[name].numel()) for layer in wanting.values()]
-    for target, factors in decompose_targets(
-        targets, config.native(), max_memory=None, unconverged="warn", progress=None
-    ):
+    for target, factors in _source(config, config.basis)(targets):
         wanting[target.name].put_factors(name, factors)
         if note := rank_note(factors):
             log.info("%s: %s", target.name, note)
@@ -57,6 +64,23 @@ def fill(layers: Sequence[AdapterLayer], name: str, config: AdapterConfig) -> No
     if not config.init_weights:
         for layer in layers:
             _disturb(layer, name)
+
+
+def _source(
+    config: AdapterConfig, kept: str | BasisFolder | None, known: Mapping[str, str] = MappingProxyType({})
+) -> Source:
+    """What gives targets their triplets: a basis that was kept, or a decomposition.
+
+    ``known`` are the digests of weights that somebody has looked at.
+    """
+    native = config.native()
+    compute = partial(decompose_targets, config=native, max_memory=None, unconverged="warn", progress=None)
+    if kept is None:
+        return compute
+    basis = kept if isinstance(kept, BasisFolder) else BasisFolder(kept)
+    config.came_from(basis.note)
+    missing: Any = config.missing
+    return partial(from_basis, basis, config=native, missing=missing, unconverged="warn", rest=compute, known=known)
 
 
 def _suits(layer: AdapterLayer, other: str, rank: int, tol: float) -> bool:
@@ -100,12 +124,18 @@ def await_file(layers: Sequence[AdapterLayer], name: str, config: AdapterConfig,
     if missing := sorted(set(description.modules) - {layer.name for layer in layers}):
         raise AdapterError(f"the adapter is for {missing[0]}, which this model does not have as a linear layer")
     items = [description.modules[layer.name] for layer in layers]
+    config.came_from(description.basis)
     check_bases(items, [layer.base() for layer in layers], stacklevel=8)
     if description.save_basis:
         return
     native, there = config.native(), {layer.name: layer for layer in layers}
-    targets = [_target(layer, rank_decomposed(item, native)) for layer, item in zip(layers, items, strict=True)]
-    for target, factors in decompose_targets(targets, native, max_memory=None, unconverged="warn", progress=None):
+    kept = BasisFolder(config.basis) if config.basis is not None else None
+    if kept is None and description.basis is not None:
+        kept = noted_basis(description.basis)
+    known = {item["name"]: item["weight_sha256"] for item in items}
+    ranks = [item["rank"] if kept is not None else rank_decomposed(item, native) for item in items]
+    targets = [_target(layer, rank) for layer, rank in zip(layers, ranks, strict=True)]
+    for target, factors in _source(config, kept, known)(targets):
         layer, item = there[target.name], description.modules[target.name]
         layer.put_factors(name, factors.leading(item["rank"]))
         layer.adapters[name].certificate = certificate_of(item)

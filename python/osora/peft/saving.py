@@ -61,7 +61,7 @@ def save(config: AdapterConfig, options: dict[str, Any], folder: Path) -> None:
     method = FILE_METHODS[config.method]
     named = {module["name"]: module for module in modules}
     others = tuple(sorted(method.other_key(name) for name in selection.beside))
-    description = Description(folder / CONFIG_FILE, method, options, config.save_basis, named, others)
+    description = Description(folder / CONFIG_FILE, method, options, config.save_basis, named, others, config.note)
     write_config(folder, description.contents())
     if (found := _listening.get()) is not None:
         found[folder] = description
