@@ -19,7 +19,16 @@ from typing import Any, Literal
 import torch
 
 from osora.config import AdapterConfig
-from osora.files.basis_layer import BasisError, LayerEntry, decomposition_of, entry_from, file_name, read_layer
+from osora.files.basis_layer import (
+    BasisError,
+    LayerEntry,
+    decomposition_of,
+    entry_and_digest,
+    file_name,
+    line_of,
+    read_layer,
+    told,
+)
 from osora.files.evidence import check_base, warn_of_rounding
 from osora.files.format import DTYPES
 from osora.files.whole import finish, sync, temporary_beside
@@ -53,14 +62,14 @@ def fingerprint_of(layers: Sequence[BasisLayer]) -> str:
 
 def write_index(folder: Path, layers: Sequence[BasisLayer], base_model: str | None) -> None:
     """Write the index, whole or not at all; it is the last file of a basis to come."""
-    lines = [json.dumps(asdict(each.entry) | {"sha256": each.sha256}, separators=(",", ":")) for each in layers]
+    lines = [line_of(each.entry, each.sha256) for each in layers]
     head = {"kind": KIND, "format_version": BASIS_FORMAT, "fingerprint": fingerprint_of(layers)}
     text = json.dumps(head | {"base_model": base_model}, indent=1)[:-2]
-    with temporary_beside(folder / INDEX_FILE) as new:
+    with told(folder / INDEX_FILE), temporary_beside(folder / INDEX_FILE) as new:
         new.write_text(text + ',\n "layers": [\n  ' + ",\n  ".join(lines) + "\n ]\n}\n", encoding="utf-8")
         finish(new)
         os.replace(new, folder / INDEX_FILE)
-    sync(folder)
+        sync(folder)
 
 
 def _read_index(path: Path) -> dict[str, Any]:
@@ -106,11 +115,7 @@ class BasisFolder:
             raise BasisError(f"{path}: layers is missing, or no list of layers")
         self.layers: dict[str, BasisLayer] = {}
         for values in found:
-            values = dict(values) if isinstance(values, dict) else {}
-            digest = values.pop("sha256", None)
-            entry = entry_from(values, str(path))
-            if not isinstance(digest, str):
-                raise BasisError(f"{path}: sha256 of {entry.name} is missing, or no string")
+            entry, digest = entry_and_digest(values, str(path))
             if entry.name in self.layers:
                 raise BasisError(f"{path}: {entry.name} is listed twice")
             self.layers[entry.name] = BasisLayer(entry, digest)

@@ -9,7 +9,8 @@ import json
 import math
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,7 @@ from osora.svd.arguments import METHOD_NAMES
 from osora.svd.certificate import Decomposition
 
 KINDS = ("U", "S0", "V", "residuals")
-_ENTRY, _DIGEST = "osora_basis_layer", "sha256"  # of the file's metadata
+_ENTRY = "osora_basis_layer"  # of the file's metadata; one key alone, for safetensors keeps no order of several
 _LONGEST = 120  # of a file's name, in characters, beside its ending
 
 
@@ -113,6 +114,32 @@ def entry_from(values: Any, where: str) -> LayerEntry:
     return LayerEntry(**{**values, **numbers, "weight_sketch": tuple(float(number) for number in sketch)})
 
 
+def line_of(entry: LayerEntry, digest: str) -> str:
+    """An entry and the digest of its file in one line of JSON: what file and index say of a layer."""
+    return json.dumps(asdict(entry) | {"sha256": digest}, separators=(",", ":"), allow_nan=False)
+
+
+def entry_and_digest(values: Any, where: str) -> tuple[LayerEntry, str]:
+    """The way back. Raises BasisError, naming the field."""
+    rest = dict(values) if isinstance(values, dict) else {}
+    digest = rest.pop("sha256", None)
+    entry = entry_from(rest, where)
+    if not isinstance(digest, str):
+        raise BasisError(f"{where}: sha256 of {entry.name} is missing, or no string")
+    return entry, digest
+
+
+@contextmanager
+def told(path: Path) -> Iterator[None]:
+    """An error of writing that names the file."""
+    try:
+        yield
+    except SafetensorError as error:  # its name for a disk that is full
+        raise OSError(f"{path} cannot be written: {error}") from error
+    except OSError as error:
+        raise OSError(error.errno, f"{path} cannot be written: {error.strerror or error}") from error
+
+
 def file_name(module: str) -> str:
     """The file of a module's layer: its name, where that can be a file's on every system, else with a digest."""
     plain = "".join(c if c.isascii() and (c.isalnum() or c in "._-") else "_" for c in module)
@@ -170,14 +197,11 @@ def write_layer(folder: Path, entry: LayerEntry, factors: Decomposition, staging
             raise ValueError(f"{entry.name}: {kind} has NaN or infinite values in {entry.dtype}: it is not saved")
     digest = _digest(entry.text(), tensors)
     path = folder / file_name(entry.name)
-    with temporary_beside((staging or folder) / path.name) as new:
-        try:
-            safetensors.torch.save_file(tensors, new, metadata={_ENTRY: entry.text(), _DIGEST: digest})
-        except SafetensorError as error:  # its name for a disk that is full
-            raise OSError(f"{path} cannot be written: {error}") from error
+    with told(path), temporary_beside((staging or folder) / path.name) as new:
+        safetensors.torch.save_file(tensors, new, metadata={_ENTRY: line_of(entry, digest)})
         finish(new)
         os.replace(new, path)
-    sync(folder)
+        sync(folder)
     return digest
 
 
@@ -205,16 +229,16 @@ def read_layer(path: Path) -> tuple[LayerEntry, str, dict[str, Tensor]]:
         values = json.loads(meta[_ENTRY])
     except (ValueError, RecursionError) as error:
         raise BasisError(f"{path}: its entry is not valid JSON: {error}") from error
-    entry = entry_from(values, str(path))
+    entry, digest = entry_and_digest(values, str(path))
     found = {kind: (tuple(tensor.shape), tensor.dtype) for kind, tensor in tensors.items()}
     if found != entry.shapes():
         raise BasisError(f"{path}: its tensors are not those that its entry tells of ({entry.name})")
-    if _digest(meta[_ENTRY], tensors) != meta.get(_DIGEST):
+    if _digest(entry.text(), tensors) != digest:
         raise BasisError(
-            f"{path} is damaged: its digest is not that of its numbers ({entry.name}); remove the file, "
-            "and run osora init again"
+            f"{path} is damaged: its digest is not that of its numbers ({entry.name}); remove the file, and run osora "
+            "init again"
         )
-    return entry, meta[_DIGEST], tensors
+    return entry, digest, tensors
 
 
 def decomposition_of(entry: LayerEntry, tensors: Mapping[str, Tensor]) -> Decomposition:
@@ -240,8 +264,10 @@ __all__ = [
     "LayerEntry",
     "decomposition_of",
     "describe_layer",
-    "entry_from",
+    "entry_and_digest",
     "file_name",
+    "line_of",
     "read_layer",
+    "told",
     "write_layer",
 ]

@@ -15,7 +15,7 @@ from torch import nn
 
 from osora.config import AdapterConfig, OsoraConfig
 from osora.files.basis import INDEX_FILE, BasisFolder
-from osora.files.basis_layer import BasisError, file_name
+from osora.files.basis_layer import BasisError, file_name, told
 from osora.files.whole import write_json
 from osora.initialisation.claims import EXPIRY, Claims
 from osora.initialisation.layers import SourceLayer
@@ -82,7 +82,8 @@ def _prepare(out: Path, request: Request) -> None:
         try:
             there = json.loads(path.read_text(encoding="utf-8"))
         except FileNotFoundError:
-            write_json(path, text)
+            with told(path):
+                write_json(path, text)
             continue
         if there != text:
             raise BasisError(

@@ -5,6 +5,7 @@ transformers makes the tree on the meta device from ``config.json``, and its own
 """
 
 import re
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
@@ -87,6 +88,8 @@ def model_of(base: BaseFolder) -> nn.Module:
 def _rules(base: BaseFolder, model: nn.Module) -> dict[str, Origin]:
     """The model's name of a tensor → its origin, by the rules that transformers has for the model."""
     origins = {key: Origin((key,)) for key in base.tensors}
+    if "transformers" not in sys.modules:  # then the model is none of its
+        return origins
     try:
         from transformers import PreTrainedModel
         from transformers.conversion_mapping import get_model_conversion_mapping
