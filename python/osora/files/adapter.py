@@ -27,18 +27,20 @@ from osora.files.evidence import (
     check_shared,
     check_stored,
     describe,
+    describe_whole,
 )
 from osora.files.format import CONFIG_FILE, FILE_METHODS, AdapterError, Description, write_adapter
 from osora.files.info import config_of, info_of
 from osora.files.readback import read_back
-from osora.files.tensors import read_adapter
+from osora.files.tensors import SavedAdapter, read_adapter
 from osora.layers.adapted import DEFAULT, AdaptedLinear
 from osora.layers.base_weight import base_weight
 from osora.layers.formulas import formula_of
 from osora.layers.linears import make_layer
+from osora.layers.whole_module import values_of
 from osora.model.attach import install, install_beside
 from osora.model.decompose import decompose_targets
-from osora.model.fresh import CURE, fresh_parts, warn_of_fresh
+from osora.model.fresh import cure_of, fresh_parts, warn_of_fresh
 from osora.model.state import (
     AdapterState,
     adapted_layers,
@@ -48,6 +50,7 @@ from osora.model.state import (
     refuse_if_busy,
     refuse_sharded,
     state_of,
+    trained_whole,
 )
 from osora.model.targets import (
     Target,
@@ -55,9 +58,13 @@ from osora.model.targets import (
     check_has_values,
     check_is_linear,
     check_not_tied,
+    check_not_whole,
     uncompiled,
     weight_holders,
+    whole_modules,
+    within,
 )
+from osora.model.whole_modules import Copy, Whole, find_whole, whole_names
 from osora.svd.arguments import check_max_memory
 from osora.svd.certificate import Decomposition
 
@@ -118,13 +125,15 @@ def save_adapter(
         name: which of several adapters; None for the active one. The name itself is not in the file.
 
     Raises:
-        ValueError: no adapter, none of that name, NaN or infinite values in it, or a model sharded over processes.
+        ValueError: no adapter, none of that name, NaN or infinite values in it, a model sharded over processes, or a
+            module that it trains whole is in the model no more.
         OSError: the folder cannot be written.
     """
     adapter = state_of(model).active if name is None else name
     state = state_of(model).of(adapter)
     layers, method = adapted_layers(model, adapter), FILE_METHODS[state.config.method]
-    refuse_sharded(layers, "saved")
+    wholes = trained_whole(model, adapter)
+    refuse_sharded({**layers, **wholes}, "saved")
     tensors: dict[str, Tensor] = {}
     for module, layer in layers.items():
         values = _values(layer, adapter)
@@ -146,12 +155,19 @@ def save_adapter(
         modules = list(pool.map(lambda item: _describe(item[0], item[1], adapter), layers.items()))
     for described in modules:
         check_describable(described)
+    whole = {where: each.values(adapter) for where, each in wholes.items()}
+    for where, values in whole.items():
+        check_finite(where, values)
+    others = {method.other_key(f"{where}.{key}"): t for where, values in whole.items() for key, t in values.items()}
+    tensors |= {key: tensor.detach().to("cpu", copy=True).contiguous() for key, tensor in others.items()}
     description = Description(
         Path(folder, CONFIG_FILE),
         method,
         _options(model, state.config, save_basis),
         save_basis,
         {module["name"]: module for module in modules},
+        tuple(sorted(others)),
+        tuple(describe_whole(where, values) for where, values in whole.items()) or None,
     )
     write_adapter(Path(folder), tensors, description.contents(), read_back)
     keep_card(info_of(Path(folder), description, state.config))
@@ -162,6 +178,10 @@ def save_adapter(
 
 def _find_module(model: nn.Module, described: Mapping[str, Any], holders: dict[int, set[int]]) -> nn.Module:
     name = described["name"]
+    try:
+        check_not_whole([name], whole_modules(model))
+    except ValueError as error:
+        raise AdapterError(str(error)) from error
     try:
         module = uncompiled(model).get_submodule(name)
     except AttributeError as error:
@@ -218,6 +238,43 @@ def _stored_factors(described: Mapping[str, Any], saved: Mapping[str, Tensor]) -
     )
 
 
+def _find_whole(model: nn.Module, adapter: SavedAdapter) -> list[Whole]:
+    """The modules in this model that the adapter trained whole. Raises AdapterError."""
+    saved = adapter.whole
+    for name in adapter.description.modules:
+        if (outer := within(name, saved)) is not None:
+            raise AdapterError(f"{adapter.description.path}: {name} is adapted, and {outer} trained whole")
+    there = {name for name, _ in base_modules(model)}
+    if missing := [name for name in saved if name not in there]:
+        raise AdapterError(f"the adapter was trained with {missing[0]} whole, which this model does not have")
+    try:
+        found = find_whole(model, saved or None, exact=True)
+    except (TypeError, ValueError) as error:
+        raise AdapterError(str(error)) from error
+    for whole in found:
+        here, values = values_of(whole.module), saved[whole.name]
+        if odd := sorted(here.keys() ^ values.keys()):
+            raise AdapterError(f"{whole.name}, trained whole: {odd[0]} is {_where(odd[0] in here)}")
+        for key, tensor in values.items():
+            if tensor.shape != here[key].shape:
+                raise AdapterError(
+                    f"the adapter's {whole.name}.{key} is {list(tensor.shape)}, this model's is {list(here[key].shape)}"
+                )
+    return found
+
+
+def _copies(model: nn.Module, wholes: list[Whole], adapter: SavedAdapter, name: str) -> list[Copy]:
+    there = whole_modules(model)
+    found = [whole.placed(there.get(whole.name), name) for whole in wholes]
+    for whole, each in zip(wholes, found, strict=True):
+        each.values.load_state_dict(adapter.whole[whole.name])
+    return found
+
+
+def _where(here: bool) -> str:
+    return "in this model, and not in the adapter's file" if here else "in the adapter's file, and not in this model"
+
+
 def _has_basis(layer: AdaptedLinear | None, rank: int) -> bool:
     return layer is not None and layer.S0.numel() >= rank
 
@@ -253,21 +310,37 @@ def load_adapter(
         ValueError: no name is given and the model has an adapter already; the name is taken; the model is merged; a
             weight cannot be decomposed within max_memory.
     """
-    began = time.perf_counter()
     check_max_memory(max_memory)
     if name is None:
         refuse_if_adapted(model)
         name = DEFAULT
     check_new_name(model, name)
     refuse_if_busy(model)
+    return _put_on(model, read_adapter(folder), name, max_memory, progress)
+
+
+@torch.inference_mode(False)
+def load_layers(
+    model: nn.Module, folder: str | os.PathLike[str], *, max_memory: int | None = None, progress: bool | None = None
+) -> nn.Module:
+    """:func:`load_adapter` for a model that has the adapted layers alone, and not the modules trained whole."""
+    check_max_memory(max_memory)
+    return _put_on(model, replace(read_adapter(folder), whole={}), DEFAULT, max_memory, progress)
+
+
+def _put_on(
+    model: nn.Module, adapter: SavedAdapter, name: str, max_memory: int | None, progress: bool | None
+) -> nn.Module:
+    began = time.perf_counter()
     there = {id(layer.base_layer): layer for layer in all_layers(model).values()}
-    adapter = read_adapter(folder)
     description, modules = adapter.description, adapter.description.modules
     config = config_of(description)
     formula = formula_of(config)
     targets = _find_targets(model, modules, config)
-    warn_of_fresh(fresh_parts(model), CURE, stacklevel=4)
-    check_bases(list(modules.values()), [target.module for target in targets], stacklevel=4)
+    wholes = _find_whole(model, adapter)
+    lost = [part for part in fresh_parts(model) if within(part, whole_names(wholes)) is None]
+    warn_of_fresh(lost, cure_of(lost), stacklevel=5)
+    check_bases(list(modules.values()), [target.module for target in targets], stacklevel=5)
 
     wanting = [t for t in targets if not _has_basis(there.get(id(t.module)), modules[t.name]["rank"])]
     if description.save_basis:
@@ -301,6 +374,7 @@ def load_adapter(
             check_rebuilt(item, layer.basis(), layer.delta_factors(name), saved["S0"], config.tol)
         new.append((target, layer))
 
+    copies = _copies(model, wholes, adapter, name)
     # All is checked: the model changes from here on.
     for target, layer in joined:
         if target.name in factors:
@@ -308,5 +382,6 @@ def load_adapter(
         saved = adapter.tensors[target.name]
         layer.add_adapter(name, formula, {kind: saved[kind] for kind in formula.kinds})
     put = install_beside if there else install
-    put(model, new, name, AdapterState(config, time.perf_counter() - began))
+    whole = [each.name for each in wholes]
+    put(model, new, copies, name, AdapterState(config, time.perf_counter() - began, whole=whole))
     return model

@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from osora.files.adapter import load_adapter
+from osora.files.adapter import load_layers
 from osora.files.base_folder import BaseFolder
 from osora.files.format import holds_adapter, write_adapter
 from osora.files.info import adapter_info, stored_changes
@@ -122,7 +122,7 @@ def _from_folder(folder: Path, base: str | os.PathLike[str] | None) -> _Source:
         return _Source(factors, False, info.base_model, task, Reader.of(list(factors), _config_of(info.base_model)))
     checkpoint = BaseFolder(base)
     places = checkpoint.places(info)
-    model = load_adapter(checkpoint.stand_in(places), folder)
+    model = load_layers(checkpoint.stand_in(places), folder)
     architectures = checkpoint.config.get("architectures")
     task = info.task or _task(architectures[0] if isinstance(architectures, list) and architectures else None)
     factors = {name: layer.delta_factors(state_of(model).active) for name, layer in adapted_layers(model).items()}

@@ -44,6 +44,14 @@ class SavedModule:
 
 
 @dataclass(frozen=True)
+class SavedWhole:
+    """One module that was trained and saved whole: its name, and the numbers of its tensors."""
+
+    name: str
+    numbers: int
+
+
+@dataclass(frozen=True)
 class AdapterInfo:
     """What a saved adapter is, as its files say; no base was looked at."""
 
@@ -59,10 +67,12 @@ class AdapterInfo:
     has_basis: bool
     modules: tuple[SavedModule, ...]
     trainable: int
-    """Numbers that were trained."""
+    """Numbers that were trained; of modules trained whole, all that are in the file."""
     bytes: int
     """Of the two files."""
     format_version: int = FORMAT_VERSION
+    whole: tuple[SavedWhole, ...] = ()
+    """Modules that were trained whole (``modules_to_save``)."""
 
     @property
     def ranks(self) -> tuple[int, int]:
@@ -104,6 +114,8 @@ def config_of(description: Description) -> AdapterConfig:
 def info_of(folder: Path, description: Description, config: AdapterConfig) -> AdapterInfo:
     """What a description in ``folder``, of an adapter of that config, says; the tensors are not read."""
     shapes, trained = description.shapes(), formula_of(config).trained
+    whole = tuple(SavedWhole(each["name"], each["numbers"]) for each in description.whole or ())
+    own = sum(math.prod(shapes[description.method.key(name, kind)]) for name in description.modules for kind in trained)
     return AdapterInfo(
         folder,
         description.method.name,
@@ -112,8 +124,9 @@ def info_of(folder: Path, description: Description, config: AdapterConfig) -> Ad
         _text(description, "task_type"),
         description.save_basis,
         tuple(_module(item) for item in description.modules.values()),
-        sum(math.prod(shapes[description.method.key(name, kind)]) for name in description.modules for kind in trained),
+        own + sum(each.numbers for each in whole),
         sum((folder / name).stat().st_size for name in (CONFIG_FILE, TENSOR_FILE)),
+        whole=whole,
     )
 
 
@@ -150,4 +163,4 @@ def stored_changes(folder: str | os.PathLike[str]) -> dict[str, tuple[Tensor, Te
     return changes
 
 
-__all__ = ["AdapterInfo", "SavedModule", "adapter_info", "config_of", "info_of", "stored_changes"]
+__all__ = ["AdapterInfo", "SavedModule", "SavedWhole", "adapter_info", "config_of", "info_of", "stored_changes"]

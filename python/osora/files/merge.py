@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from osora.files.adapter import load_adapter
+from osora.files.adapter import load_layers
 from osora.files.base_folder import BaseFolder, BaseFolderError, Place
 from osora.files.format import CONFIG_FILE
 from osora.files.info import adapter_info
@@ -102,7 +102,7 @@ def merge_saved(
         raise BaseFolderError(f"{out} is within the base's folder {checkpoint.folder}: choose another one")
     places = checkpoint.places(info)
     model = checkpoint.stand_in(places)
-    load_adapter(model, adapter, max_memory=max_memory, progress=progress)
+    load_layers(model, adapter, max_memory=max_memory, progress=progress)
     layers = all_layers(model)
     done = 0
     with new_folder(out) as unfinished:

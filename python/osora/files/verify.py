@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from osora.files.adapter import load_adapter
+from osora.files.adapter import load_layers
 from osora.files.base_folder import BaseFolder
 from osora.files.fingerprint import rounding_unit, weight_digest
 from osora.files.format import DTYPES
@@ -114,7 +114,7 @@ def verify_adapter(
     info = adapter_info(folder)
     checkpoint = BaseFolder(base)
     places = checkpoint.places(info)
-    model = load_adapter(checkpoint.stand_in(places), folder, max_memory=max_memory, progress=progress)
+    model = load_layers(checkpoint.stand_in(places), folder, max_memory=max_memory, progress=progress)
     layers = all_layers(model)
     return Verification(
         Path(folder),

@@ -105,10 +105,12 @@ def fresh_parts(model: nn.Module) -> dict[str, nn.Module]:
     return found
 
 
-CURE = (
-    "save that base with model.save_pretrained(folder) and load both from there, or train the parts whole with PEFT: "
-    "osora.peft's config has modules_to_save"
-)
+def cure_of(lost: Collection[str]) -> str:
+    """What to do about them: the adapter's own copy, or a checkpoint that has them."""
+    return (
+        f"train them whole, so that its file has them, with modules_to_save={sorted(lost)!r} in its config, or save "
+        "that base with model.save_pretrained(folder) and load both from there"
+    )
 
 
 def warn_of_fresh(lost: Collection[str], cure: str, stacklevel: int) -> None:
@@ -122,4 +124,4 @@ def warn_of_fresh(lost: Collection[str], cure: str, stacklevel: int) -> None:
         )
 
 
-__all__ = ["CURE", "embeddings_of", "fresh_parts", "warn_of_fresh"]
+__all__ = ["cure_of", "embeddings_of", "fresh_parts", "warn_of_fresh"]
