@@ -145,7 +145,7 @@ def _attach(
     names = whole_names(wholes)
     targets = find_targets(model, config, fresh, names)
     modules = {t.name: t.module for t in targets} | {w.name: w.module for w in wholes}
-    refuse_sharded(modules, "decomposed or copied", "attach the adapter before the model is sharded")
+    refuse_sharded(modules, "decomposed", "attach the adapter before the model is sharded")
     for where, module in modules.items():
         for key, weight in module.named_parameters():
             if weight.is_inference() and not serving:
