@@ -9,6 +9,7 @@ import json
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -141,9 +142,14 @@ class BaseFolder:
         found = _json(path) if path.is_file() else {}
         return found if isinstance(found, dict) else {}
 
+    @cached_property
+    def rules(self) -> Renamed:
+        """How transformers names the tensors in the model; asked once."""
+        return renamed(self.folder, self.tensors)
+
     def as_in_model(self) -> dict[str, str]:
         """The name in its model, as transformers makes it → the name here, of all tensors that are kept as they are."""
-        rules = renamed(self.folder, self.tensors)
+        rules = self.rules
         sources = {*rules.keys.values(), *(key for keys in rules.made.values() for key in keys)}
         return rules.keys | {key: key for key in self.tensors if key not in sources}
 
@@ -184,7 +190,7 @@ class BaseFolder:
         """
         different = self._mappings(modules, {key: key for key in self.tensors})
         if not different:
-            rules = renamed(self.folder, self.tensors)
+            rules = self.rules
             different = self._mappings(modules, rules.keys)
             if not different:
                 self._refuse(modules, rules)
@@ -207,7 +213,7 @@ class BaseFolder:
                     )
         known = self.tensors.keys() | rules.keys.keys()
         missing = next((m.name for m in modules if f"{m.name}.weight" not in known), modules[0].name)
-        raise AdapterError(f"the adapter is for {missing}, and {self.folder} has no weight of that name")
+        raise AdapterError(f"the adapter is for {missing}, and {self.folder} has no weight of that name{rules.note}")
 
     def _orientation(self, module: SavedModule, key: str) -> bool:
         """Whether the weight is stored as [in, out]. Of a square one the fingerprint tells."""
