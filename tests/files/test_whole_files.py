@@ -347,3 +347,28 @@ def test_between_peft_and_the_native_api(method, base, saved, tmp_path):
     osora.export_lora(tmp_path / "peft", tmp_path / "lora")
     torch.testing.assert_close(logits(plain(bert(base, 4), tmp_path / "lora"), ids()), wish, rtol=0, atol=1e-5)
     assert read_adapter(tmp_path / "native").whole.keys() == {"bert.pooler", "classifier"}
+
+
+# -- what training did -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.filterwarnings("ignore:the checkpoint does not have bert.pooler:RuntimeWarning")
+def test_changes_of_weights_are_those_of_the_copy(base, tmp_path):
+    """Against the base in the same model, and against a folder."""
+    model = bert(base, 1)
+    model.save_pretrained(tmp_path / "headed")
+    moved(osora.attach(model, OsoraConfig(r=3, target_modules=["query"], modules_to_save=["classifier"])))
+    for changes in (osora.weight_changes(model), osora.weight_changes(tmp_path / "headed", model)):
+        found = {change.name: change.relative for change in changes}
+        assert {name for name, moved_by in found.items() if moved_by} == {"classifier", *osora.adapted_layers(model)}
+        assert not any("copy@" in name or "base_layer" in name for name in found)
+
+
+def test_a_module_of_two_names_is_not_exported(tmp_path):
+    net = Net()
+    net.again = net.head
+    model = osora.attach(net, OsoraConfig(r=2, target_modules=["body"], modules_to_save=["head"]))
+    assert model.again is model.head
+    with pytest.raises(ValueError, match="head is one module with the names head, again"):
+        osora.export_lora(model, tmp_path / "lora")
+    assert osora.detach(model).again is model.head

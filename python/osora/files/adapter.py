@@ -321,11 +321,11 @@ def load_adapter(
 
 @torch.inference_mode(False)
 def load_layers(
-    model: nn.Module, folder: str | os.PathLike[str], *, max_memory: int | None = None, progress: bool | None = None
+    model: nn.Module, adapter: SavedAdapter, *, max_memory: int | None = None, progress: bool | None = None
 ) -> nn.Module:
     """:func:`load_adapter` for a model that has the adapted layers alone, and not the modules trained whole."""
     check_max_memory(max_memory)
-    return _put_on(model, replace(read_adapter(folder), whole={}), DEFAULT, max_memory, progress)
+    return _put_on(model, replace(adapter, whole={}), DEFAULT, max_memory, progress)
 
 
 def _put_on(

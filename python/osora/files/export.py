@@ -15,11 +15,12 @@ from torch import Tensor, nn
 from osora.files.adapter import load_layers
 from osora.files.base_folder import BaseFolder
 from osora.files.format import holds_adapter, write_adapter
-from osora.files.info import adapter_info, stored_changes
+from osora.files.info import info_of_saved, stored_changes
 from osora.files.lora import Reader, heads_named_by, heads_of, model_options, saved_whole
 from osora.files.tensors import read_adapter
 from osora.layers.adapted import AdaptedLinear
 from osora.layers.base_weight import dense_weight, is_conv1d
+from osora.layers.whole_module import WholeModule
 from osora.model.state import adapted_layers, all_layers, refuse_sharded, state_of, trained_whole
 from osora.model.targets import base_modules
 
@@ -56,15 +57,15 @@ def _task(architecture: str | None) -> str | None:
     return next((task for end, task in _TASKS.items() if (architecture or "").endswith(end)), None)
 
 
-def _refuse_shared(model: nn.Module, layers: Mapping[str, AdaptedLinear]) -> None:
+def _refuse_shared(model: nn.Module, layers: Mapping[str, AdaptedLinear | WholeModule]) -> None:
     names_of: dict[int, list[str]] = {}
     for module_name, module in base_modules(model):
         names_of.setdefault(id(module), []).append(module_name)
     for module_name, layer in layers.items():
         if len(names := names_of[id(layer.base_layer)]) > 1:
             raise ValueError(
-                f"{module_name} is one module with the names {', '.join(names)}; PEFT puts a LoRA under the first of "
-                "them alone, and the others would lose the adapter: merge it instead"
+                f"{module_name} is one module with the names {', '.join(names)}; PEFT puts a LoRA, or a module trained "
+                "whole, under the first of them alone, and the others would lose the adapter: merge it instead"
             )
 
 
@@ -100,7 +101,7 @@ def _from_model(model: nn.Module, name: str | None) -> _Source:
     layers = adapted_layers(model, adapter)
     wholes = trained_whole(model, adapter)
     refuse_sharded({**layers, **wholes}, "exported")
-    _refuse_shared(model, layers)
+    _refuse_shared(model, {**layers, **wholes})
     task = _task(type(model).__name__)
     names = list(dict.fromkeys(module_name for module_name, _ in base_modules(model)))
     ends = _ends(task, names, wholes)
@@ -130,8 +131,8 @@ def _config_of(folder: str | None) -> dict[str, Any]:
 
 
 def _from_folder(folder: Path, base: str | os.PathLike[str] | None) -> _Source:
-    info = adapter_info(folder)
-    trained = read_adapter(folder).whole
+    saved = read_adapter(folder)
+    info, trained = info_of_saved(folder, saved), saved.whole
     whole = {f"{where}.{key}": tensor for where, values in trained.items() for key, tensor in values.items()}
     if taken := saved_whole(trained, [module.name for module in info.modules]):
         raise ValueError(
@@ -140,13 +141,13 @@ def _from_folder(folder: Path, base: str | os.PathLike[str] | None) -> _Source:
         )
     ends = tuple(sorted(trained))
     if base is None:
-        factors = stored_changes(folder)
+        factors = stored_changes(folder, saved)
         task = None if heads_named_by(info.task) else info.task
         reader = Reader.of(list(factors), _config_of(info.base_model), ends)
         return _Source(factors, False, info.base_model, task, reader, whole, ends)
     checkpoint = BaseFolder(base)
     places = checkpoint.places(info)
-    model = load_layers(checkpoint.stand_in(places), folder)
+    model = load_layers(checkpoint.stand_in(places), saved)
     architectures = checkpoint.config.get("architectures")
     task = info.task or _task(architectures[0] if isinstance(architectures, list) and architectures else None)
     factors = {name: layer.delta_factors(state_of(model).active) for name, layer in adapted_layers(model).items()}

@@ -20,7 +20,7 @@ from osora.files.format import (
     Description,
     method_options,
 )
-from osora.files.tensors import read_adapter
+from osora.files.tensors import SavedAdapter, read_adapter
 from osora.layers.formulas import formula_of
 
 
@@ -140,18 +140,20 @@ def adapter_info(folder: str | os.PathLike[str]) -> AdapterInfo:
         FileNotFoundError: no adapter in ``folder``.
         AdapterError: a damaged or foreign file.
     """
-    description = read_adapter(folder).description
-    return info_of(Path(folder), description, config_of(description))
+    return info_of_saved(folder, read_adapter(folder))
 
 
-def stored_changes(folder: str | os.PathLike[str]) -> dict[str, tuple[Tensor, Tensor]]:
-    """Module name → ``(left [d, q], right [k, q])``, ``ΔW = left rightᵀ``, of an adapter that holds its basis.
+def info_of_saved(folder: str | os.PathLike[str], saved: SavedAdapter) -> AdapterInfo:
+    """:func:`adapter_info` of what has been read from ``folder``."""
+    return info_of(Path(folder), saved.description, config_of(saved.description))
+
+
+def stored_changes(folder: str | os.PathLike[str], saved: SavedAdapter) -> dict[str, tuple[Tensor, Tensor]]:
+    """Module name → ``(left [d, q], right [k, q])``, ``ΔW = left rightᵀ``, of an adapter with its basis.
 
     Raises:
-        FileNotFoundError, AdapterError: as :func:`adapter_info`; if there is no basis in the file, or tensors and
-            options do not give the change that was saved.
+        AdapterError: there is no basis in the file, or tensors and options do not give the change that was saved.
     """
-    saved = read_adapter(folder)
     if not saved.description.save_basis:
         raise AdapterError(f"{folder} was saved without its basis, so that its base is needed: pass base")
     formula = formula_of(config_of(saved.description))
@@ -163,4 +165,13 @@ def stored_changes(folder: str | os.PathLike[str]) -> dict[str, tuple[Tensor, Te
     return changes
 
 
-__all__ = ["AdapterInfo", "SavedModule", "SavedWhole", "adapter_info", "config_of", "info_of", "stored_changes"]
+__all__ = [
+    "AdapterInfo",
+    "SavedModule",
+    "SavedWhole",
+    "adapter_info",
+    "config_of",
+    "info_of",
+    "info_of_saved",
+    "stored_changes",
+]

@@ -12,7 +12,7 @@ import torch
 from osora.files.adapter import load_layers
 from osora.files.base_folder import BaseFolder, BaseFolderError, Place
 from osora.files.format import CONFIG_FILE
-from osora.files.info import adapter_info
+from osora.files.info import info_of_saved
 from osora.files.put_tensors import check_puttable, put_tensors
 from osora.files.tensors import read_adapter
 from osora.files.whole import new_folder, refuse_unreplaceable, sync
@@ -102,15 +102,16 @@ def merge_saved(
     """
     out = Path(out)
     refuse_unreplaceable(out)  # before any work
-    info = adapter_info(adapter)
+    saved = read_adapter(adapter)
+    info = info_of_saved(adapter, saved)
     checkpoint = BaseFolder(base)
     if out.resolve().is_relative_to(checkpoint.folder.resolve()):
         raise BaseFolderError(f"{out} is within the base's folder {checkpoint.folder}: choose another one")
     places = checkpoint.places(info)
     model = checkpoint.stand_in(places)
-    load_layers(model, adapter, max_memory=max_memory, progress=progress)
+    load_layers(model, saved, max_memory=max_memory, progress=progress)
     layers = all_layers(model)
-    wholes = read_adapter(adapter).whole
+    wholes = saved.whole
     trained = {f"{name}.{key}": tensor for name, values in wholes.items() for key, tensor in values.items()}
     keys = checkpoint.keys_of(trained, places)
     whole = {keys[name]: tensor for name, tensor in trained.items()}

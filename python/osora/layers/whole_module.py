@@ -39,8 +39,9 @@ class WholeModule(nn.Module):
         self.training = base_layer.training
 
     def answering(self) -> nn.Module:
-        """The active adapter's copy; the module itself where no adapter is on."""
-        return self.base_layer if not self.enabled or self.adapter is None else self.copy_of(self.adapter)
+        """The active adapter's copy; the module itself where no adapter is on, or each row of a batch has its own."""
+        off = not self.enabled or self.adapter is None or self.batch is not None
+        return self.base_layer if off else self.copy_of(self.adapter)  # type: ignore[arg-type]
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Whatever the module takes → what it gives."""

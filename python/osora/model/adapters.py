@@ -179,7 +179,7 @@ def add_adapter(
         formula = formula_of(config)
         there = {id(layer.base_layer): layer for layer in all_layers(model).values()}
         wholes = find_whole(model, config.modules_to_save)
-        targets = find_targets(model, config, fresh_parts(model), whole_names(wholes))
+        targets = find_targets(model, config, fresh_parts(model), whole_names(wholes), whole_modules(model))
         fitted = [_fitted(t, there[id(t.module)], config) for t in targets if id(t.module) in there]
         joined = [(there[id(target.module)], target.rank) for target in fitted]
         missing = [target for target in targets if id(target.module) not in there]

@@ -16,6 +16,7 @@ from torch import nn
 
 from osora.layers.adapted import AdaptedLinear
 from osora.layers.base_weight import is_conv1d, is_quantised
+from osora.layers.whole_module import WholeModule
 from osora.model.targets import base_modules, uncompiled
 
 _READ = "_is_hf_initialized"  # transformers' mark on a parameter that came from the checkpoint
@@ -69,7 +70,7 @@ def embeddings_of(model: Any) -> list[nn.Module]:
         except NotImplementedError:  # a CLIP has two
             continue
         if isinstance(embedding, nn.Module):
-            found.append(embedding.base_layer if isinstance(embedding, AdaptedLinear) else embedding)
+            found.append(embedding.base_layer if isinstance(embedding, AdaptedLinear | WholeModule) else embedding)
     return found
 
 

@@ -180,7 +180,7 @@ def count_parameters(model: nn.Module, config: AdapterConfig | None = None) -> P
     """
     config = OsoraConfig() if config is None else config
     formula, modules = formula_of(config), []
-    wholes = find_whole(model, config.modules_to_save, values=False)
+    wholes = find_whole(model, config.modules_to_save, planned=True)
     for target in find_targets(model, config, fresh_parts(model), whole_names(wholes)):
         (d, k), r = target.weight.shape, target.rank
         shapes = formula.shapes(d, k, r)

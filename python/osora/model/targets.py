@@ -249,7 +249,11 @@ _NONE: Mapping[str, nn.Module] = MappingProxyType({})
 
 
 def find_targets(
-    model: nn.Module, config: AdapterConfig, fresh: Mapping[str, nn.Module] = _NONE, whole: Collection[str] = ()
+    model: nn.Module,
+    config: AdapterConfig,
+    fresh: Mapping[str, nn.Module] = _NONE,
+    whole: Collection[str] = (),
+    of_others: Collection[str] = (),
 ) -> list[Target]:
     """The layers ``config`` names, in the model's order; of one that has an adapter already, the base layer.
 
@@ -259,6 +263,7 @@ def find_targets(
         fresh: :func:`osora.model.fresh.fresh_parts` of the model, which "all-linear" leaves out: their random weights
             are others in the next process, which would refuse the adapter.
         whole: names of the modules that the adapter trains whole: what is in them is not adapted.
+        of_others: names of those that the model's other adapters do, which "all-linear" leaves out.
 
     Raises:
         ValueError: nothing matches; a match is to be trained whole, or is by another adapter; it is no linear layer;
@@ -274,7 +279,6 @@ def find_targets(
     everything = config.target_modules == ALL_LINEAR
     left_out = {id(head), *map(id, fresh.values())}
     layers: Any = config.layers_to_transform  # the config has brought it to a tuple, or None
-    of_others = [name for name in whole_modules(model) if name not in whole]
     targets = []
     for key, names in names_of.items():
         module, name = modules[key], names[0]

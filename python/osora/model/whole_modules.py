@@ -111,7 +111,7 @@ def _check_not_tied(whole: Whole, model: nn.Module, holders: dict[int, set[int]]
 
 
 def find_whole(
-    model: nn.Module, wanted: Iterable[str] | None, *, exact: bool = False, values: bool = True
+    model: nn.Module, wanted: Iterable[str] | None, *, exact: bool = False, planned: bool = False
 ) -> list[Whole]:
     """The modules of ``modules_to_save``, in the model's order; of one that an adapter trains already, the module.
 
@@ -119,7 +119,7 @@ def find_whole(
         model: with adapters or without.
         wanted: names that module names end in; None for none. What is within another match is part of that.
         exact: whether they are the whole names.
-        values: whether they are to have values: not on the meta device.
+        planned: whether it is only asked: they may be without values, and other adapters are not looked at.
 
     Raises:
         ValueError: a name that no module has; a module without parameters, tied to another, in an adapter of PEFT, on
@@ -134,7 +134,7 @@ def find_whole(
     for whole in found:
         _check_trainable(whole)
         _check_not_tied(whole, model, holders)
-        if whole.name in there:  # all of what follows was looked at when it came
+        if planned or whole.name in there:  # all of what follows was looked at when it came
             continue
         for name in whole.names:
             inside = [each for each in [*adapted, *there] if within(each, [name])]
@@ -145,7 +145,7 @@ def find_whole(
                 )
             if (peft := within(name, outer)) is not None or any(within(each, [name]) for each in outer):
                 raise ValueError(f"modules_to_save names {name}, which belongs to an adapter of PEFT ({peft or name})")
-        if values and any(tensor.is_meta for tensor in whole.module.state_dict().values()):
+        if any(tensor.is_meta for tensor in whole.module.state_dict().values()):
             raise ValueError(f"{whole.name} is on the meta device and has no values: load the weights first")
     return found
 
