@@ -238,6 +238,7 @@ def test_a_new_head_is_written_into_the_merged_checkpoint(shard, saved, base, tm
     assert changed == set(result.merged)
     if new.index is not None:
         index = json.loads((tmp_path / "out" / new.index).read_text())
+        assert index["weight_map"] == {key: stored.file for key, stored in new.tensors.items()}
         sizes = [stored.end - stored.begin for stored in new.tensors.values()]
         assert index["metadata"]["total_size"] == sum(sizes) and new.index not in result.copied
 
