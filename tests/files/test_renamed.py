@@ -119,7 +119,5 @@ def test_a_checkpoint_with_code_of_its_own_is_never_run_and_nobody_is_asked(tmp_
     (tmp_path / "config.json").write_text(json.dumps(config), encoding="utf-8")
     monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("the user was asked"))
     found = renamed(tmp_path, ["a.weight"])
-    assert (
-        found == Renamed(why_not=found.why_not) and "ValueError: " in found.note and "custom code" in found.note
-    )
+    assert found == Renamed(why_not=found.why_not) and "ValueError: " in found.note and "custom code" in found.note
     assert not (tmp_path / "has run").exists()

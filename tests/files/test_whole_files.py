@@ -243,6 +243,22 @@ def test_a_new_head_is_written_into_the_merged_checkpoint(shard, saved, base, tm
         assert index["metadata"]["total_size"] == sum(sizes) and new.index not in result.copied
 
 
+def test_a_checkpoint_without_the_prefix_of_the_models_names(tmp_path):
+    """What is in the body goes under the body's names there, and its pooler is replaced; the head has its own name."""
+    torch.manual_seed(1)
+    body = transformers.BertModel(tiny_bert().config)
+    body.save_pretrained(tmp_path / "body")
+    keys = set(load_file(tmp_path / "body" / "model.safetensors"))
+    assert not any(key.startswith("bert.") for key in keys) and "pooler.dense.weight" in keys
+    model = moved(osora.attach(bert(tmp_path / "body", 1), OsoraConfig(r=3, modules_to_save=HEAD)))
+    osora.save_adapter(model, tmp_path / "adapter")
+    result = osora.merge_saved(tmp_path / "body", tmp_path / "adapter", tmp_path / "out")
+    assert {"pooler.dense.bias", "pooler.dense.weight"} <= set(result.merged)
+    assert set(result.added) == {"classifier.bias", "classifier.weight"}
+    wish = logits(osora.detach(model, merged=True), ids())
+    assert torch.equal(logits(bert(tmp_path / "out", 5), ids()), wish)
+
+
 @pytest.mark.parametrize("labels", [3, 5])
 def test_a_head_of_the_checkpoint_is_replaced(labels, base, tmp_path):
     """Of its shape, in place; of another, in a new file of the same name."""
@@ -343,6 +359,11 @@ def test_between_peft_and_the_native_api(method, base, saved, tmp_path):
     assert torch.equal(logits(native, ids()), wish)
     assert sorted(osora.adapter_info(tmp_path / "peft").config.modules_to_save) == HEAD
     osora.save_adapter(native, tmp_path / "native")
+    changed(tmp_path / "peft", lambda c, t: t[WEIGHT].add_(1e-3))
+    with pytest.raises(AdapterError, match="tensors of classifier are damaged"):
+        peft.PeftModel.from_pretrained(bert(base, 3), tmp_path / "peft")
+    sound = load_file(tmp_path / "native" / TENSORS)[WEIGHT].clone()
+    changed(tmp_path / "peft", lambda c, t: t.update({WEIGHT: sound}))
     back = peft.PeftModel.from_pretrained(bert(base, 3), tmp_path / "native").eval()
     assert torch.equal(logits(back, ids()), wish)
     osora.export_lora(tmp_path / "peft", tmp_path / "lora")

@@ -66,11 +66,19 @@ def opened(path: Path) -> Iterator[Any]:
 
 
 def check_header(folder: str | os.PathLike[str], description: Description) -> None:
-    """Raise as :func:`read_adapter` does for names and shapes, of the file's header alone: no tensor is read."""
+    """Raise as :func:`read_adapter` does for names and shapes, of the header, and for the values of whole modules.
+
+    No other tensor is read: PEFT hands those of the method over, and nobody hands over the modules trained whole.
+    """
     path = Path(folder) / TENSOR_FILE
     with opened(path) as file:
         found = {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}
-    check_shapes(path, description, found)
+        check_shapes(path, description, found)
+        if description.whole is not None:
+            whole, _ = description.whole_keys(found.keys() - description.shapes().keys())
+            for name, inside in whole.items():
+                values = {key: file.get_tensor(stored) for key, stored in inside.items()}
+                check_whole(description, name, values, path)
 
 
 def check_values(description: Description, name: str, tensors: Mapping[str, Tensor], where: Path | str) -> None:
