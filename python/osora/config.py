@@ -31,6 +31,15 @@ def names_or_regex(where: str, value: Any) -> str | tuple[str, ...]:
     raise TypeError(f"{where} must be a regular expression or a non-empty list of module names, got {value!r}")
 
 
+def _checked_names(where: str, value: Any) -> tuple[str, ...] | None:
+    """Names that module names end in, and no expression; None for none."""
+    if value is None or (isinstance(value, Sequence | set | frozenset) and not isinstance(value, str) and not value):
+        return None
+    if isinstance(value, str):
+        raise TypeError(f"{where} must be a list of module names, got the str {value!r}: did you mean [{value!r}]?")
+    return names_or_regex(where, value)  # type: ignore[return-value]  # of a list it is a tuple
+
+
 def _checked_int(where: str, value: Any, least: int) -> int:
     if isinstance(value, bool) or not isinstance(value, int):
         raise TypeError(f"{where} must be an int, got {value!r}")
@@ -78,6 +87,8 @@ class AdapterConfig:
         rank_for_energy: a share 0 < p <= 1 of a weight's squared Frobenius norm. ``r`` (or ``rank_pattern``'s rank) is
             then the most that a module may take: it keeps the fewest leading triplets that hold this share. Where even
             ``r`` of them hold less, it keeps ``r``, with a note in the summary.
+        modules_to_save: names that module names end in (``["classifier"]``): these modules are trained whole, each
+            adapter its own copy of them, and saved with it. They are not adapted (docs/whole_modules.md).
 
     Raises:
         TypeError, ValueError: a value of the wrong type or out of range, naming it.
@@ -94,6 +105,7 @@ class AdapterConfig:
     rank_pattern: Mapping[str, int] = field(default_factory=dict)
     layers_to_transform: int | Sequence[int] | None = None
     rank_for_energy: float | None = None
+    modules_to_save: Sequence[str] | None = None
 
     def __post_init__(self) -> None:
         """Check every field and bring it to one form."""
@@ -124,6 +136,7 @@ class AdapterConfig:
             _check_regex("rank_pattern", pattern)
             _checked_int(f"rank_pattern[{pattern!r}]", rank, 1)
         put("rank_pattern", dict(self.rank_pattern))
+        put("modules_to_save", _checked_names("modules_to_save", self.modules_to_save))
         if self.layers_to_transform is not None:
             layers = self.layers_to_transform
             if not isinstance(layers, int | Iterable):
@@ -176,6 +189,8 @@ class OsoraConfig(AdapterConfig):
         rank_for_energy: a share 0 < p <= 1 of a weight's squared Frobenius norm. ``r`` (or ``rank_pattern``'s rank) is
             then the most that a module may take: it keeps the fewest leading triplets that hold this share. Where even
             ``r`` of them hold less, it keeps ``r``, with a note in the summary.
+        modules_to_save: names that module names end in (``["classifier"]``): these modules are trained whole, each
+            adapter its own copy of them, and saved with it. They are not adapted (docs/whole_modules.md).
 
         train: "both", or "o" or "s" alone. The other one stays as it is at the start, and is no trainable parameter.
         side: "output", O scales the rows of the weight's top part; or "input", it scales its columns, and o is
@@ -228,6 +243,8 @@ class SorsaConfig(AdapterConfig):
         rank_for_energy: a share 0 < p <= 1 of a weight's squared Frobenius norm. ``r`` (or ``rank_pattern``'s rank) is
             then the most that a module may take: it keeps the fewest leading triplets that hold this share. Where even
             ``r`` of them hold less, it keeps ``r``, with a note in the summary.
+        modules_to_save: names that module names end in (``["classifier"]``): these modules are trained whole, each
+            adapter its own copy of them, and saved with it. They are not adapted (docs/whole_modules.md).
 
         alpha: the adapter's ΔW is scaled by alpha / r, with the rank r that a layer has. None, the paper's: 1.
         gamma: weight of the penalty on ``U`` and ``V`` that keeps their columns orthonormal: gamma times the mean over

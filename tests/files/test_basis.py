@@ -189,7 +189,7 @@ def test_the_wrong_basis_for_an_adapter(own, tmp_path):
     move_adapter(model)
     osora.save_adapter(model, tmp_path / "adapter", save_basis=False)
     other = make_basis(Stack(), tmp_path / "other", OsoraConfig(r=6))
-    with pytest.raises(BasisError, match="is not the basis that .* came from"):
+    with pytest.raises(BasisError, match=r"is not the basis that .* came from"):
         osora.load_adapter(Stack(), tmp_path / "adapter", basis=other)
     osora.save_adapter(model, tmp_path / "whole")
     with pytest.raises(ValueError, match="has its basis in its file"):

@@ -2,6 +2,7 @@
 """Checkpoints whose names are not the model's, as transformers renames them: merged, verified, exported, compared."""
 
 import json
+import re
 
 import pytest
 import torch
@@ -78,16 +79,36 @@ def test_transformers_own_names_are_followed(family, config, tmp_path):
 
 
 def test_a_checkpoint_that_transformers_does_not_know(tmp_path):
-    """The message is that of before."""
+    """The message says that, and why transformers could not be asked for other names."""
     tiny_llama().save_pretrained(tmp_path / "base")
     osora.save_adapter(osora.attach(tiny_gpt2(), osora.OsoraConfig(r=4)), tmp_path / "adapter")
-    for text in (None, "{", '{"model_type": "nobodys"}'):
+    known = json.loads((tmp_path / "base" / "config.json").read_text())
+    for text, why in (
+        (None, "that name$"),
+        ("{", r"that name \(whether transformers calls it otherwise could not be told: OSError: "),
+        (
+            '{"model_type": "nobodys"}',
+            r"could not be told: ValueError: The checkpoint you are trying to load .*nobodys",
+        ),
+        (
+            json.dumps(known | {"architectures": ["Mine"]}),
+            "told: Mine, in its config.json's architectures, is no class",
+        ),
+        (json.dumps(known | {"architectures": None}), "told: nothing, in its config.json's architectures, is no class"),
+        ("", "has no config.json"),
+    ):
         if text is not None:
             (tmp_path / "base" / "config.json").write_text(text)
+        if text == "":
+            (tmp_path / "base" / "config.json").unlink()
         with pytest.raises(
             AdapterError, match=r"is for transformer\.h\.0\.attn\.c_attn, and .* has no weight of that name"
-        ):
+        ) as told:
             osora.verify_adapter(tmp_path / "adapter", tmp_path / "base")
+        assert re.search(why, str(told.value)), str(told.value)
+        if why != "that name$":
+            with pytest.raises(ValueError, match=why.removeprefix("that name ")):
+                osora.weight_changes(tmp_path / "base", tiny_gpt2())
 
 
 def test_a_checkpoint_with_code_of_its_own_is_never_run_and_nobody_is_asked(tmp_path, monkeypatch):
@@ -97,5 +118,6 @@ def test_a_checkpoint_with_code_of_its_own_is_never_run_and_nobody_is_asked(tmp_
     config = {"model_type": "own", "auto_map": {"AutoConfig": "configuration_own.Own"}, "architectures": ["Own"]}
     (tmp_path / "config.json").write_text(json.dumps(config), encoding="utf-8")
     monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("the user was asked"))
-    assert renamed(tmp_path, ["a.weight"]) == Renamed()
+    found = renamed(tmp_path, ["a.weight"])
+    assert found == Renamed(why_not=found.why_not) and "ValueError: " in found.note and "custom code" in found.note
     assert not (tmp_path / "has run").exists()

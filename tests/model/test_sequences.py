@@ -23,6 +23,7 @@ import osora.peft
 NAMES = st.sampled_from(["default", "second", "o", "0", "base_layer"])
 METHODS = st.sampled_from(["OsoraConfig", "SorsaConfig"])
 TARGETS = st.sampled_from([["a", "b", "c"], ["a"], ["b", "c"], ["nothing"], "all-linear"])
+WHOLE = st.sampled_from([None, ["c"], ["b"], ["a", "c"], ["nobody"]])
 RANKS = st.integers(1, 5)
 X = torch.randn(3, 6, generator=torch.Generator().manual_seed(1))
 # What a user may be told. torch's own refusals are RuntimeErrors.
@@ -64,7 +65,7 @@ class Life(RuleBasedStateMachine):
         found = {}
         for name in ("a", "b", "c"):
             layer = self.model.get_submodule(self.path(name))
-            base = layer.base() if hasattr(layer, "base_layer") else layer
+            base = layer.base() if hasattr(layer, "base_kept") else getattr(layer, "base_layer", layer)
             found[f"{name}.weight"] = base.weight
             found[f"{name}.bias"] = (layer.base_layer if hasattr(layer, "base_layer") else layer).bias
         return found
@@ -126,16 +127,16 @@ class NativeLife(Life):
     def first(self, method: str, rank: int, name: str, modules: list[str]) -> None:
         osora.attach(self.model, getattr(osora, method)(r=rank, target_modules=modules), name=name)
 
-    @rule(method=METHODS, rank=RANKS, modules=TARGETS, name=NAMES)
-    def attach(self, method: str, rank: int, modules: Any, name: str) -> None:
-        config = getattr(osora, method)(r=rank, target_modules=modules)
+    @rule(method=METHODS, rank=RANKS, modules=TARGETS, whole=WHOLE, name=NAMES)
+    def attach(self, method: str, rank: int, modules: Any, whole: Any, name: str) -> None:
+        config = getattr(osora, method)(r=rank, target_modules=modules, modules_to_save=whole)
         y = self.model(X).detach()
         if self.told(lambda: osora.attach(self.model, config, name=name)) is not None:
             assert torch.equal(self.model(X), y)
 
-    @rule(method=METHODS, rank=RANKS, modules=TARGETS, name=NAMES)
-    def add(self, method: str, rank: int, modules: Any, name: str) -> None:
-        config = getattr(osora, method)(r=rank, target_modules=modules)
+    @rule(method=METHODS, rank=RANKS, modules=TARGETS, whole=WHOLE, name=NAMES)
+    def add(self, method: str, rank: int, modules: Any, whole: Any, name: str) -> None:
+        config = getattr(osora, method)(r=rank, target_modules=modules, modules_to_save=whole)
         y = self.model(X).detach()
         self.told(lambda: osora.add_adapter(self.model, name, config))
         assert torch.equal(self.model(X), y), "a further adapter waits"

@@ -23,6 +23,7 @@ README = ROOT / "README.md"
 RUN = {
     README: 1,
     ROOT / "docs/use.md": 4,
+    ROOT / "docs/whole_modules.md": 2,
     ROOT / "docs/many_adapters.md": 2,
     ROOT / "docs/export.md": 3,
     ROOT / "docs/merge.md": 2,

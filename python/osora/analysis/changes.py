@@ -198,6 +198,7 @@ def _pairs(before: Source, after: Source, modules: str | Sequence[str] | None) -
     if not common:
         raise ValueError(
             f"no matrix has the same name in both: {next(iter(first))!r} here, {next(iter(second))!r} there"
+            f"{first.note or second.note}"
         )
     names = chosen([*common, *alone], modules)
     if missing := [name for name in names if name in alone]:
@@ -207,6 +208,7 @@ def _pairs(before: Source, after: Source, modules: str | Sequence[str] | None) -
             f"{len(missing)} of the model's linear layers have no weight of their name on the other side: "
             f"{', '.join(missing[:3])}{more} (it has {next(iter(there))}, say). Give both as models, loaded by their "
             "class's from_pretrained, if a checkpoint has other names; or name the layers that are meant with modules="
+            f"{first.note or second.note}"
         )
     for name in names:
         yield name, first[name], second[name]

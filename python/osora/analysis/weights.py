@@ -14,6 +14,7 @@ from osora.files.base_folder import BaseFolder
 from osora.layers import AdaptedLinear
 from osora.layers.base_weight import dense_weight, is_conv1d
 from osora.layers.quantised import refuse_unsupported
+from osora.layers.whole_module import WholeModule
 from osora.model.targets import uncompiled
 
 Source = nn.Module | Mapping[str, Tensor] | str | Path
@@ -30,6 +31,7 @@ class Weights(Mapping[str, Tensor]):
 
     def __init__(self, source: Source, *, adapter: bool = True) -> None:
         """``adapter=False`` takes the base weights of an adapted model. Raises ValueError where nothing is found."""
+        self.note = ""  # of a folder: why transformers could not be asked for the names in the model
         self.needed: frozenset[str] = frozenset()  # a model's own layers; a folder has other matrices, too
         if isinstance(source, nn.Module):
             self._get, what = of_model(source, adapter), "this model has no linear layers"
@@ -40,7 +42,7 @@ class Weights(Mapping[str, Tensor]):
             what = "the mapping holds no matrices named *.weight"
         else:
             folder = BaseFolder(source)
-            in_model = folder.as_in_model()
+            in_model, self.note = folder.as_in_model(), folder.rules.note
             names = module_names(in_model)
             matrices = [(name, key) for name, key in in_model.items() if name in names]
             matrices = [(name, key) for name, key in matrices if len(folder.tensors[key].shape) == 2]
@@ -66,7 +68,9 @@ def _given(tensor: Tensor) -> Callable[[], Tensor]:
 
 
 # What stands beside the base layer within a layer with an adapter, by the names that osora and PEFT give it.
-_ADAPTERS = re.compile(r"(U|V|S0|o|s|u|v|\w*(?:lora|osora|sorsa|vera|oft|ia3|hada|lokr|hra|shira|miss|road)_\w*)(\.|$)")
+_ADAPTERS = re.compile(
+    r"(U|V|S0|o|s|u|v|\w*(?:lora|osora|sorsa|vera|oft|ia3|hada|lokr|hra|shira|miss|road)_\w*|copy@[^.]*)(\.|$)"
+)
 
 
 def module_names(keys: Iterable[str]) -> dict[str, str]:
@@ -109,7 +113,13 @@ def of_model(model: nn.Module, adapter: bool) -> dict[str, Callable[[], Tensor]]
     inside: set[nn.Module] = set()
     for name, module in uncompiled(model).named_modules():
         plain = name.removeprefix(_PEFT_PREFIX)
-        if _has_adapter(module) and _is_linear(module.base_layer):
+        if isinstance(module, WholeModule):
+            answering = module.answering() if adapter else module.base_layer
+            inside.update(module.modules())
+            for part, inner in answering.named_modules():
+                if _is_linear(inner):
+                    found[f"{plain}.{part}" if part else plain] = _plain(name, inner)
+        elif _has_adapter(module) and _is_linear(module.base_layer):
             inside.update(module.modules())
             found[plain] = _adapted(name, module, adapter)
         elif module not in inside and _is_linear(module):

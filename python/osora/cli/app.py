@@ -84,6 +84,7 @@ def _described(info: osora.AdapterInfo) -> dict[str, Any]:
         "converged": info.converged,
         "config": info.config.to_dict(),
         "modules": [asdict(module) for module in info.modules],
+        "whole": [asdict(module) for module in info.whole],
     }
 
 
@@ -96,6 +97,7 @@ def _show(output: Output, info: osora.AdapterInfo) -> None:
         "base": info.base_model or "not named in the file",
         "layers": f"{len(info.modules)}, their weights in {', '.join(dtypes)}",
         "rank": _ranks(info),
+        **({"trained whole": ", ".join(f"{w.name} ({w.numbers:,})" for w in info.whole)} if info.whole else {}),
         "numbers trained": f"{info.trainable:,}",
         "basis": basis,
         "certificate": f"largest residual {info.max_residual:.1e}, {exact} (tol {info.config.tol:g})",
@@ -188,9 +190,11 @@ def merge(
         with output.bar("merging") as step:  # closed before a line is said, which would go on in the bar's
             done = osora.merge_saved(base, adapter, out, max_memory=max_memory, progress=output.bars, on_weight=step)
         output.say(f"{len(done.merged)} weights merged, {len(done.copied)} other files copied, into {done.folder}")
+        if done.added:
+            output.say(f"new in it, of modules trained whole: {', '.join(done.added)}")
         if done.left_out:
             output.say(f"left out: {', '.join(done.left_out)}")
-        names = {key: list(getattr(done, key)) for key in ("merged", "copied", "left_out")}
+        names = {key: list(getattr(done, key)) for key in ("merged", "added", "copied", "left_out")}
         output.finish({"folder": str(done.folder)} | names)
 
 

@@ -8,7 +8,7 @@ decomposes the base weights again; either way the base is checked to be the one 
 import os
 import time
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
@@ -19,8 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from osora.config import AdapterConfig
-from osora.files.basis import BasisFolder, Rest, from_basis, noted_basis
-from osora.files.basis_layer import BasisError
+from osora.files.basis import rebuilt_factors
 from osora.files.card import keep_card
 from osora.files.evidence import (
     check_bases,
@@ -30,10 +29,12 @@ from osora.files.evidence import (
     check_shared,
     check_stored,
     describe,
+    describe_whole,
 )
 from osora.files.format import CONFIG_FILE, FILE_METHODS, AdapterError, Description, write_adapter
 from osora.files.info import config_of, info_of
 from osora.files.readback import read_back
+from osora.files.saved_whole import find_saved_whole, saved_copies
 from osora.files.tensors import SavedAdapter, read_adapter
 from osora.layers.adapted import DEFAULT, AdaptedLinear
 from osora.layers.base_weight import base_weight
@@ -41,7 +42,7 @@ from osora.layers.formulas import formula_of
 from osora.layers.linears import make_layer
 from osora.model.attach import install, install_beside
 from osora.model.decompose import decompose_targets
-from osora.model.fresh import CURE, fresh_parts, warn_of_fresh
+from osora.model.fresh import cure_of, fresh_parts, warn_of_fresh
 from osora.model.state import (
     AdapterState,
     adapted_layers,
@@ -51,6 +52,7 @@ from osora.model.state import (
     refuse_if_busy,
     refuse_sharded,
     state_of,
+    trained_whole,
 )
 from osora.model.targets import (
     Target,
@@ -58,9 +60,13 @@ from osora.model.targets import (
     check_has_values,
     check_is_linear,
     check_not_tied,
+    check_not_whole,
     uncompiled,
     weight_holders,
+    whole_modules,
+    within,
 )
+from osora.model.whole_modules import whole_names
 from osora.svd.arguments import check_max_memory
 from osora.svd.certificate import Decomposition
 
@@ -122,13 +128,15 @@ def save_adapter(
         name: which of several adapters; None for the active one. The name itself is not in the file.
 
     Raises:
-        ValueError: no adapter, none of that name, NaN or infinite values in it, or a model sharded over processes.
+        ValueError: no adapter, none of that name, NaN or infinite values in it, a model sharded over processes, or a
+            module that it trains whole is in the model no more.
         OSError: the folder cannot be written.
     """
     adapter = state_of(model).active if name is None else name
     state = state_of(model).of(adapter)
     layers, method = adapted_layers(model, adapter), FILE_METHODS[state.config.method]
-    refuse_sharded(layers, "saved")
+    wholes = trained_whole(model, adapter)
+    refuse_sharded({**layers, **wholes}, "saved")
     tensors: dict[str, Tensor] = {}
     for module, layer in layers.items():
         values = _values(layer, adapter)
@@ -150,13 +158,20 @@ def save_adapter(
         modules = list(pool.map(lambda item: _describe(item[0], item[1], adapter), layers.items()))
     for described in modules:
         check_describable(described)
+    whole = {where: each.values(adapter) for where, each in wholes.items()}
+    for where, values in whole.items():
+        check_finite(where, values)
+    others = {method.other_key(f"{where}.{key}"): t for where, values in whole.items() for key, t in values.items()}
+    tensors |= {key: tensor.detach().to("cpu", copy=True).contiguous() for key, tensor in others.items()}
     description = Description(
         Path(folder, CONFIG_FILE),
         method,
         _options(model, state.config, save_basis),
         save_basis,
         {module["name"]: module for module in modules},
+        others=tuple(sorted(others)),
         basis=state.basis,
+        whole=tuple(describe_whole(where, values) for where, values in whole.items()) or None,
     )
     write_adapter(Path(folder), tensors, description.contents(), read_back)
     keep_card(info_of(Path(folder), description, state.config))
@@ -167,6 +182,10 @@ def save_adapter(
 
 def _find_module(model: nn.Module, described: Mapping[str, Any], holders: dict[int, set[int]]) -> nn.Module:
     name = described["name"]
+    try:
+        check_not_whole([name], whole_modules(model))
+    except ValueError as error:
+        raise AdapterError(str(error)) from error
     try:
         module = uncompiled(model).get_submodule(name)
     except AttributeError as error:
@@ -223,32 +242,6 @@ def _stored_factors(described: Mapping[str, Any], saved: Mapping[str, Tensor]) -
     )
 
 
-def _rebuilt(
-    targets: list[Target],
-    adapter: SavedAdapter,
-    config: AdapterConfig,
-    basis: str | os.PathLike[str] | None,
-    rest: Rest,
-) -> Iterator[tuple[Target, Decomposition]]:
-    """The triplets of an adapter whose file has none: from its basis, where that is kept, or computed again."""
-    description = adapter.description
-    if basis is not None:
-        kept: BasisFolder | None = BasisFolder(basis)
-    else:
-        kept = noted_basis(description.basis, description.path.parent) if description.basis else None
-    if kept is None:
-        return rest(targets)
-    wanted = description.basis
-    if wanted is not None and kept.fingerprint != wanted.fingerprint:
-        raise BasisError(
-            f"{kept.folder} is not the basis that {description.path.parent} came from (that was {wanted.folder}): name "
-            "that one, or none to compute it again"
-        )
-    targets = [replace(target, rank=description.modules[target.name]["rank"]) for target in targets]
-    known = {name: item["weight_sha256"] for name, item in description.modules.items()}  # load_adapter has looked
-    return from_basis(kept, targets, config=config, missing="raise", unconverged="warn", rest=rest, known=known)
-
-
 def _has_basis(layer: AdaptedLinear | None, rank: int) -> bool:
     return layer is not None and layer.S0.numel() >= rank
 
@@ -288,23 +281,44 @@ def load_adapter(
         ValueError: no name is given and the model has an adapter already; the name is taken; the model is merged; a
             weight cannot be decomposed within max_memory.
     """
-    began = time.perf_counter()
     check_max_memory(max_memory)
     if name is None:
         refuse_if_adapted(model)
         name = DEFAULT
     check_new_name(model, name)
     refuse_if_busy(model)
+    return _put_on(model, read_adapter(folder), name, basis, max_memory, progress)
+
+
+@torch.inference_mode(False)
+def load_layers(
+    model: nn.Module, adapter: SavedAdapter, *, max_memory: int | None = None, progress: bool | None = None
+) -> nn.Module:
+    """:func:`load_adapter` for a model that has the adapted layers alone, and not the modules trained whole."""
+    check_max_memory(max_memory)
+    return _put_on(model, replace(adapter, whole={}), DEFAULT, None, max_memory, progress)
+
+
+def _put_on(
+    model: nn.Module,
+    adapter: SavedAdapter,
+    name: str,
+    basis: str | os.PathLike[str] | None,
+    max_memory: int | None,
+    progress: bool | None,
+) -> nn.Module:
+    began = time.perf_counter()
     there = {id(layer.base_layer): layer for layer in all_layers(model).values()}
-    adapter = read_adapter(folder)
     description, modules = adapter.description, adapter.description.modules
     if basis is not None and description.save_basis:
         raise ValueError(f"{description.path.parent} has its basis in its file: basis= is for one that has none")
     config = config_of(description)
     formula = formula_of(config)
     targets = _find_targets(model, modules, config)
-    warn_of_fresh(fresh_parts(model), CURE, stacklevel=4)
-    check_bases(list(modules.values()), [target.module for target in targets], stacklevel=4)
+    wholes = find_saved_whole(model, adapter)
+    lost = [part for part in fresh_parts(model) if within(part, whole_names(wholes)) is None]
+    warn_of_fresh(lost, cure_of(lost), stacklevel=5)
+    check_bases(list(modules.values()), [target.module for target in targets], stacklevel=5)
 
     wanting = [t for t in targets if not _has_basis(there.get(id(t.module)), modules[t.name]["rank"])]
     if description.save_basis:
@@ -313,7 +327,7 @@ def load_adapter(
         compute = partial(
             decompose_targets, config=config, max_memory=max_memory, unconverged="warn", progress=progress
         )
-        rebuilt = _rebuilt(wanting, adapter, config, basis, compute)
+        rebuilt = rebuilt_factors(wanting, adapter.description, config, basis, compute)
         factors = {
             target.name: replace(found.leading(modules[target.name]["rank"]), S=adapter.tensors[target.name]["S0"])
             for target, found in rebuilt
@@ -341,6 +355,7 @@ def load_adapter(
             check_rebuilt(item, layer.basis(), layer.delta_factors(name), saved["S0"], config.tol)
         new.append((target, layer))
 
+    copies = saved_copies(model, wholes, adapter, name)
     # All is checked: the model changes from here on.
     for target, layer in joined:
         if target.name in factors:
@@ -348,5 +363,7 @@ def load_adapter(
         saved = adapter.tensors[target.name]
         layer.add_adapter(name, formula, {kind: saved[kind] for kind in formula.kinds})
     put = install_beside if there else install
-    put(model, new, name, AdapterState(config, time.perf_counter() - began, basis=description.basis))
+    whole = [each.name for each in wholes]
+    state = AdapterState(config, time.perf_counter() - began, whole=whole, basis=description.basis)
+    put(model, new, copies, name, state)
     return model

@@ -7,8 +7,9 @@ short.
 
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -49,7 +50,8 @@ class Place:
     transposed: bool
 
 
-def _read_header(path: Path) -> Iterator[tuple[str, Stored]]:
+def read_header(path: Path) -> Iterator[tuple[str, Stored]]:
+    """Tensor name → where it is, of each tensor in a safetensors file. Raises BaseFolderError."""
     try:
         with safe_open(path, framework="pt") as file:  # checks the whole header, offsets against the size included
             keys = list(file.keys())
@@ -118,7 +120,7 @@ class BaseFolder:
         self.files, self.index = _shards(self.folder)
         self.tensors: dict[str, Stored] = {}
         for name in self.files:
-            for key, stored in _read_header(self.folder / name):
+            for key, stored in read_header(self.folder / name):
                 if key in self.tensors:
                     raise BaseFolderError(f"{key} is in {self.tensors[key].file} and in {name}")
                 self.tensors[key] = stored
@@ -140,9 +142,14 @@ class BaseFolder:
         found = _json(path) if path.is_file() else {}
         return found if isinstance(found, dict) else {}
 
+    @cached_property
+    def rules(self) -> Renamed:
+        """How transformers names the tensors in the model; asked once."""
+        return renamed(self.folder, self.tensors)
+
     def as_in_model(self) -> dict[str, str]:
         """The name in its model, as transformers makes it → the name here, of all tensors that are kept as they are."""
-        rules = renamed(self.folder, self.tensors)
+        rules = self.rules
         sources = {*rules.keys.values(), *(key for keys in rules.made.values() for key in keys)}
         return rules.keys | {key: key for key in self.tensors if key not in sources}
 
@@ -183,7 +190,7 @@ class BaseFolder:
         """
         different = self._mappings(modules, {key: key for key in self.tensors})
         if not different:
-            rules = renamed(self.folder, self.tensors)
+            rules = self.rules
             different = self._mappings(modules, rules.keys)
             if not different:
                 self._refuse(modules, rules)
@@ -206,7 +213,7 @@ class BaseFolder:
                     )
         known = self.tensors.keys() | rules.keys.keys()
         missing = next((m.name for m in modules if f"{m.name}.weight" not in known), modules[0].name)
-        raise AdapterError(f"the adapter is for {missing}, and {self.folder} has no weight of that name")
+        raise AdapterError(f"the adapter is for {missing}, and {self.folder} has no weight of that name{rules.note}")
 
     def _orientation(self, module: SavedModule, key: str) -> bool:
         """Whether the weight is stored as [in, out]. Of a square one the fingerprint tells."""
@@ -237,6 +244,23 @@ class BaseFolder:
         """
         keys = self._keys(info.modules)
         return {m.name: Place(keys[m.name], self._orientation(m, keys[m.name])) for m in info.modules}
+
+    def keys_of(self, names: Iterable[str], places: Mapping[str, Place]) -> dict[str, str]:
+        """Names of tensors in the model → their names here, be they here or not; ``places`` tell how names differ."""
+        module, place = next(iter(places.items()))
+        theirs, ours = f"{module}.weight".split("."), place.key.split(".")
+        while theirs and ours and theirs[-1] == ours[-1]:
+            theirs.pop(), ours.pop()
+        old, new = ("".join(f"{part}." for part in parts) for parts in (theirs, ours))
+        found, rules = {}, None
+        for name in names:
+            moved = new + name.removeprefix(old) if name.startswith(old) else name
+            key = next((each for each in (moved, name) if each in self.tensors), None)
+            if key is None:
+                rules = self.as_in_model() if rules is None else rules
+                key = rules.get(name, moved)
+            found[name] = key
+        return found
 
     def stand_in(self, places: Mapping[str, Place]) -> nn.Module:
         """A model of nothing but the named linear layers, with their weights in the files: to load an adapter on."""

@@ -30,7 +30,7 @@ from osora.files.basis_layer import (
     told,
 )
 from osora.files.evidence import check_base, warn_of_rounding
-from osora.files.format import DTYPES
+from osora.files.format import DTYPES, Description
 from osora.files.whole import finish, sync, temporary_beside
 from osora.model.state import BasisNote
 from osora.model.targets import Target
@@ -345,6 +345,31 @@ def noted_basis(note: BasisNote, adapter: Path | None = None) -> BasisFolder | N
     return None
 
 
+def rebuilt_factors(
+    targets: list[Target],
+    description: Description,
+    config: AdapterConfig,
+    basis: str | os.PathLike[str] | None,
+    rest: Rest,
+) -> Iterator[tuple[Target, Decomposition]]:
+    """The triplets of an adapter whose file has none: from its basis, where that is kept, or computed again."""
+    if basis is not None:
+        kept: BasisFolder | None = BasisFolder(basis)
+    else:
+        kept = noted_basis(description.basis, description.path.parent) if description.basis else None
+    if kept is None:
+        return rest(targets)
+    wanted = description.basis
+    if wanted is not None and kept.fingerprint != wanted.fingerprint:
+        raise BasisError(
+            f"{kept.folder} is not the basis that {description.path.parent} came from (that was {wanted.folder}): name "
+            "that one, or none to compute it again"
+        )
+    targets = [replace(target, rank=description.modules[target.name]["rank"]) for target in targets]
+    known = {name: item["weight_sha256"] for name, item in description.modules.items()}  # load_adapter has looked
+    return from_basis(kept, targets, config=config, missing="raise", unconverged="warn", rest=rest, known=known)
+
+
 __all__ = [
     "BASIS_FORMAT",
     "INDEX_FILE",
@@ -355,5 +380,6 @@ __all__ = [
     "fingerprint_of",
     "from_basis",
     "noted_basis",
+    "rebuilt_factors",
     "write_index",
 ]

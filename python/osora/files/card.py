@@ -51,6 +51,7 @@ def _section(info: AdapterInfo, with_peft: bool) -> str:
         "base model": base or _unpublished(info),
         "adapted layers": f"{len(info.modules)}, weights in {', '.join(sorted({m.dtype for m in info.modules}))}",
         "rank": str(most) if least == most else f"{least} to {most}",
+        **({"modules trained whole": ", ".join(f"{w.name} ({w.numbers:,})" for w in info.whole)} if info.whole else {}),
         "trained numbers": f"{info.trainable:,}",
         "options": ", ".join(f"{name} {getattr(info.config, name)}" for name in options),
         "basis": "in the file" if info.has_basis else "computed again from the base when it is loaded, and checked",

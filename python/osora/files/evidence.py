@@ -95,6 +95,13 @@ def check_finite(name: str, tensors: Mapping[str, Tensor]) -> None:
             raise ValueError(f"{where} has NaN or infinite values: the adapter is not saved")
 
 
+def describe_whole(name: str, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+    """The entry in the file of a module that was trained whole: ``tensors`` by their names in it."""
+    in_order = {key: tensors[key] for key in sorted(tensors)}
+    numbers = sum(tensor.numel() for tensor in tensors.values())
+    return {"name": name, "numbers": numbers, "values_sha256": fingerprint.tensors_digest(in_order, name)}
+
+
 def check_describable(described: Mapping[str, Any]) -> None:
     """Raise ValueError for an entry that no file can hold: finite tensors whose products are not."""
     for key, cause in (
@@ -270,5 +277,6 @@ __all__ = [
     "check_shared",
     "check_stored",
     "describe",
+    "describe_whole",
     "warn_of_rounding",
 ]

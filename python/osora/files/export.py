@@ -5,21 +5,23 @@ import json
 import os
 import re
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 
-from osora.files.adapter import load_adapter
+from osora.files.adapter import load_layers
 from osora.files.base_folder import BaseFolder
 from osora.files.format import holds_adapter, write_adapter
-from osora.files.info import adapter_info, stored_changes
-from osora.files.lora import Reader, heads_named_by, heads_of, model_options
+from osora.files.info import info_of_saved, stored_changes
+from osora.files.lora import Reader, heads_named_by, heads_of, model_options, saved_whole
+from osora.files.tensors import read_adapter
 from osora.layers.adapted import AdaptedLinear
 from osora.layers.base_weight import dense_weight, is_conv1d
-from osora.model.state import adapted_layers, all_layers, refuse_sharded, state_of
+from osora.layers.whole_module import WholeModule
+from osora.model.state import adapted_layers, all_layers, refuse_sharded, state_of, trained_whole
 from osora.model.targets import base_modules
 
 # Endings of transformers' class names, and what PEFT calls their tasks.
@@ -46,27 +48,37 @@ class _Source:
     task: str | None
     model: Reader
     whole: dict[str, Tensor] = field(default_factory=dict)
-    """The tensors of modules that PEFT saves whole for this task, by their names in the model."""
+    """The tensors of modules that PEFT reads as trained whole, by their names in the model."""
+    whole_ends: tuple[str, ...] = ()
+    """What their names end in, for PEFT."""
 
 
 def _task(architecture: str | None) -> str | None:
     return next((task for end, task in _TASKS.items() if (architecture or "").endswith(end)), None)
 
 
-def _refuse_shared(model: nn.Module, layers: Mapping[str, AdaptedLinear]) -> None:
+def _refuse_shared(model: nn.Module, layers: Mapping[str, AdaptedLinear | WholeModule]) -> None:
     names_of: dict[int, list[str]] = {}
     for module_name, module in base_modules(model):
         names_of.setdefault(id(module), []).append(module_name)
     for module_name, layer in layers.items():
         if len(names := names_of[id(layer.base_layer)]) > 1:
             raise ValueError(
-                f"{module_name} is one module with the names {', '.join(names)}; PEFT puts a LoRA under the first of "
-                "them alone, and the others would lose the adapter: merge it instead"
+                f"{module_name} is one module with the names {', '.join(names)}; PEFT puts a LoRA, or a module trained "
+                "whole, under the first of them alone, and the others would lose the adapter: merge it instead"
             )
 
 
-def _whole_modules(model: nn.Module, heads: list[str], factors: Factors) -> dict[str, Tensor]:
-    """The tensors within ``heads`` with the adapter merged in, which PEFT reads as modules trained whole."""
+def _ends(task: str | None, names: list[str], whole: Iterable[str]) -> tuple[str, ...]:
+    """What PEFT is told of modules that are whole in the file: those of the task, and the adapter's ``whole`` ones."""
+    last = {name.rpartition(".")[2] for name in heads_of(task, names)}
+    return tuple(sorted(last | {name for name in whole if not name.endswith(tuple(last))}))
+
+
+def _whole_modules(
+    model: nn.Module, heads: list[str], factors: Factors, trained: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """The tensors within ``heads`` with what the adapter has made of them: merged into it, or ``trained`` whole."""
     found: dict[str, Tensor] = {}
     for name, module in base_modules(model):
         own = any(name == head or name.startswith(f"{head}.") for head in heads)
@@ -80,20 +92,23 @@ def _whole_modules(model: nn.Module, heads: list[str], factors: Factors) -> dict
             weight = dense_weight(module).detach()
             merged = (weight.to(left.dtype) + left @ right.to(left.dtype).t()).to(weight.dtype)
             found[f"{name}.weight"] = merged.t() if is_conv1d(module) else merged
-    return found
+    return found | {key: tensor.detach() for key, tensor in trained.items()}
 
 
 def _from_model(model: nn.Module, name: str | None) -> _Source:
     adapter = state_of(model).active if name is None else name
     state_of(model).of(adapter)
     layers = adapted_layers(model, adapter)
-    refuse_sharded(layers, "exported")
-    _refuse_shared(model, layers)
+    wholes = trained_whole(model, adapter)
+    refuse_sharded({**layers, **wholes}, "exported")
+    _refuse_shared(model, {**layers, **wholes})
     task = _task(type(model).__name__)
     names = list(dict.fromkeys(module_name for module_name, _ in base_modules(model)))
-    heads = heads_of(task, names)
+    ends = _ends(task, names, wholes)
+    heads = saved_whole(ends, names)
     factors = {module_name: layer.delta_factors(adapter) for module_name, layer in layers.items()}
-    whole = _whole_modules(model, heads, factors)
+    trained = {f"{where}.{key}": t for where, each in wholes.items() for key, t in each.values(adapter).items()}
+    whole = _whole_modules(model, heads, factors, trained)
     return _Source(
         {key: value for key, value in factors.items() if f"{key}.weight" not in whole},
         any(is_conv1d(layer.base_layer) for layer in layers.values()),
@@ -101,6 +116,7 @@ def _from_model(model: nn.Module, name: str | None) -> _Source:
         task,
         Reader.of(names, model_options(model), heads),
         whole,
+        ends,
     )
 
 
@@ -115,14 +131,23 @@ def _config_of(folder: str | None) -> dict[str, Any]:
 
 
 def _from_folder(folder: Path, base: str | os.PathLike[str] | None) -> _Source:
-    info = adapter_info(folder)
+    saved = read_adapter(folder)
+    info, trained = info_of_saved(folder, saved), saved.whole
+    whole = {f"{where}.{key}": tensor for where, values in trained.items() for key, tensor in values.items()}
+    if taken := saved_whole(trained, [module.name for module in info.modules]):
+        raise ValueError(
+            f"PEFT would take {taken[0]}, which is adapted, for a module trained whole, since its name ends as theirs "
+            f"({', '.join(trained)}): load the adapter on its model, and give that to osora.export_lora"
+        )
+    ends = tuple(sorted(trained))
     if base is None:
-        factors = stored_changes(folder)
+        factors = stored_changes(folder, saved)
         task = None if heads_named_by(info.task) else info.task
-        return _Source(factors, False, info.base_model, task, Reader.of(list(factors), _config_of(info.base_model)))
+        reader = Reader.of(list(factors), _config_of(info.base_model), ends)
+        return _Source(factors, False, info.base_model, task, reader, whole, ends)
     checkpoint = BaseFolder(base)
     places = checkpoint.places(info)
-    model = load_adapter(checkpoint.stand_in(places), folder)
+    model = load_layers(checkpoint.stand_in(places), saved)
     architectures = checkpoint.config.get("architectures")
     task = info.task or _task(architectures[0] if isinstance(architectures, list) and architectures else None)
     factors = {name: layer.delta_factors(state_of(model).active) for name, layer in adapted_layers(model).items()}
@@ -131,7 +156,9 @@ def _from_folder(folder: Path, base: str | os.PathLike[str] | None) -> _Source:
         any(place.transposed for place in places.values()),
         info.base_model or str(base),
         None if heads_named_by(task) else task,
-        Reader.of(list(factors), checkpoint.config),
+        Reader.of(list(factors), checkpoint.config, ends),
+        whole,
+        ends,
     )
 
 
@@ -150,7 +177,7 @@ def _config(source: _Source, ranks: Mapping[str, int]) -> dict[str, Any]:
         "lora_dropout": 0.0,
         "fan_in_fan_out": source.conv1d,
         "bias": "none",
-        "modules_to_save": sorted({name.rpartition(".")[2] for name in source.model.heads}) or None,
+        "modules_to_save": list(source.whole_ends) or None,
         "use_rslora": False,
         "use_dora": False,
     }
@@ -238,7 +265,9 @@ def export_lora(
     ranks = {module: left.shape[1] for module, (left, _) in factors.items()}
     config = _config(found, ranks)
     found.model.check(config, list(ranks))
-    tensors = {f"base_model.model.{key}": tensor.cpu().contiguous() for key, tensor in found.whole.items()}
+    tensors = {
+        f"base_model.model.{key}": tensor.to("cpu", copy=True).contiguous() for key, tensor in found.whole.items()
+    }
     for module, (left, right) in factors.items():
         A, B = right.to(left.dtype).t(), left * (ranks[module] / config["lora_alpha"])
         tensors[f"base_model.model.{module}.lora_A.weight"] = A.cpu().contiguous()

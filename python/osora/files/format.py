@@ -9,7 +9,7 @@ import json
 import math
 import os
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -100,6 +100,7 @@ _MODULE_FIELDS = {
     "method": str,
 }
 
+_WHOLE_FIELDS = {"name": str, "numbers": int, "values_sha256": str}
 _SIZES = ("rank", "out_features", "in_features")
 
 
@@ -113,6 +114,7 @@ class Description:
     save_basis: bool
     modules: dict[str, dict[str, Any]]  # by name, in the file's order
     others: tuple[str, ...] | None = None  # the file's further tensors by name: whole modules, rows, embeddings
+    whole: tuple[dict[str, Any], ...] | None = None  # of others, an entry for each module that was trained whole
     basis: BasisNote | None = None  # which kept basis it came from
 
     @property
@@ -142,7 +144,28 @@ class Description:
         block: dict[str, Any] = {"format_version": FORMAT_VERSION, "save_basis": self.save_basis}
         others = {"others": list(self.others)} if self.others else {}
         basis = {"basis": asdict(self.basis)} if self.basis else {}
-        return self.options | {BLOCK: block | others | basis | {"modules": modules}}
+        whole = {"whole": list(self.whole)} if self.whole else {}
+        return self.options | {BLOCK: block | others | whole | basis | {"modules": modules}}
+
+    def whole_keys(self, keys: Iterable[str]) -> tuple[dict[str, dict[str, str]], list[str]]:
+        """Of a file's further ``keys``: module trained whole → name within it → key; and the keys of no such module.
+
+        A file without entries for these modules, as PEFT writes it: ``modules_to_save`` has ends of their names.
+        """
+        wanted = self.options.get("modules_to_save")
+        ends = tuple(each for each in wanted if isinstance(each, str)) if isinstance(wanted, list | tuple) else ()
+        names = None if self.whole is None else {each["name"] for each in self.whole}
+        found: dict[str, dict[str, str]] = {}
+        rest = []
+        for key in sorted(keys):
+            parts = key.removeprefix(_ROOT).split(".")
+            outer = [".".join(parts[:i]) for i in range(1, len(parts))]
+            module = next((n for n in outer if (n.endswith(ends) if names is None else n in names)), None)
+            if module is None or not key.startswith(_ROOT):
+                rest.append(key)
+            else:
+                found.setdefault(module, {})[key[len(_ROOT) + len(module) + 1 :]] = key
+        return found, rest
 
     def extras(self) -> dict[str, Any]:
         """The options in force that stand for tensors of PEFT's own: trained biases, whole modules, tokens."""
@@ -226,15 +249,30 @@ def described(config: Mapping[str, Any], path: Path) -> Description:
     others = block.get("others")
     if others is not None and not (isinstance(others, list) and all(isinstance(key, str) for key in others)):
         raise AdapterError(f"{path}: others is no list of tensors' names")
-    return Description(
-        path,
-        method,
-        options,
-        block["save_basis"],
-        modules,
-        None if others is None else tuple(others),
-        _basis_note(path, block.get("basis")),
-    )
+    others = None if others is None else tuple(others)
+    whole, basis = _whole(path, block, others or ()), _basis_note(path, block.get("basis"))
+    return Description(path, method, options, block["save_basis"], modules, others, whole, basis)
+
+
+def _whole(path: Path, block: Mapping[str, Any], others: Sequence[str]) -> tuple[dict[str, Any], ...] | None:
+    whole = block.get("whole")
+    if whole is None:
+        return None
+    if not isinstance(whole, list):
+        raise AdapterError(f"{path}: whole is no list")
+    for each in whole:
+        for key, kind in _WHOLE_FIELDS.items():
+            value = each.get(key) if isinstance(each, dict) else None
+            if not isinstance(value, kind) or isinstance(value, bool) or (isinstance(value, int) and value < 1):
+                raise AdapterError(f"{path}: {key} of a module trained whole is missing or no {kind.__name__}")
+    names = [each["name"] for each in whole]
+    for name in names:
+        inside = f"{_ROOT}{name}."
+        if names.count(name) > 1 or any(name.startswith(f"{other}.") for other in names):
+            raise AdapterError(f"{path}: {name}, trained whole, is listed twice, or within another")
+        if not any(key.startswith(inside) for key in others):
+            raise AdapterError(f"{path}: {name}, trained whole, has no tensor among others")
+    return tuple(whole)
 
 
 def _basis_note(path: Path, note: Any) -> BasisNote | None:

@@ -20,7 +20,7 @@ from osora.files.format import (
     Description,
     method_options,
 )
-from osora.files.tensors import read_adapter
+from osora.files.tensors import SavedAdapter, read_adapter
 from osora.layers.formulas import formula_of
 
 
@@ -44,6 +44,14 @@ class SavedModule:
 
 
 @dataclass(frozen=True)
+class SavedWhole:
+    """One module that was trained and saved whole: its name, and the numbers of its tensors."""
+
+    name: str
+    numbers: int
+
+
+@dataclass(frozen=True)
 class AdapterInfo:
     """What a saved adapter is, as its files say; no base was looked at."""
 
@@ -59,10 +67,12 @@ class AdapterInfo:
     has_basis: bool
     modules: tuple[SavedModule, ...]
     trainable: int
-    """Numbers that were trained."""
+    """Numbers that were trained; of modules trained whole, all that are in the file."""
     bytes: int
     """Of the two files."""
     format_version: int = FORMAT_VERSION
+    whole: tuple[SavedWhole, ...] = ()
+    """Modules that were trained whole (``modules_to_save``)."""
 
     @property
     def ranks(self) -> tuple[int, int]:
@@ -104,6 +114,8 @@ def config_of(description: Description) -> AdapterConfig:
 def info_of(folder: Path, description: Description, config: AdapterConfig) -> AdapterInfo:
     """What a description in ``folder``, of an adapter of that config, says; the tensors are not read."""
     shapes, trained = description.shapes(), formula_of(config).trained
+    whole = tuple(SavedWhole(each["name"], each["numbers"]) for each in description.whole or ())
+    own = sum(math.prod(shapes[description.method.key(name, kind)]) for name in description.modules for kind in trained)
     return AdapterInfo(
         folder,
         description.method.name,
@@ -112,8 +124,9 @@ def info_of(folder: Path, description: Description, config: AdapterConfig) -> Ad
         _text(description, "task_type"),
         description.save_basis,
         tuple(_module(item) for item in description.modules.values()),
-        sum(math.prod(shapes[description.method.key(name, kind)]) for name in description.modules for kind in trained),
+        own + sum(each.numbers for each in whole),
         sum((folder / name).stat().st_size for name in (CONFIG_FILE, TENSOR_FILE)),
+        whole=whole,
     )
 
 
@@ -127,18 +140,20 @@ def adapter_info(folder: str | os.PathLike[str]) -> AdapterInfo:
         FileNotFoundError: no adapter in ``folder``.
         AdapterError: a damaged or foreign file.
     """
-    description = read_adapter(folder).description
-    return info_of(Path(folder), description, config_of(description))
+    return info_of_saved(folder, read_adapter(folder))
 
 
-def stored_changes(folder: str | os.PathLike[str]) -> dict[str, tuple[Tensor, Tensor]]:
-    """Module name → ``(left [d, q], right [k, q])``, ``ΔW = left rightᵀ``, of an adapter that holds its basis.
+def info_of_saved(folder: str | os.PathLike[str], saved: SavedAdapter) -> AdapterInfo:
+    """:func:`adapter_info` of what has been read from ``folder``."""
+    return info_of(Path(folder), saved.description, config_of(saved.description))
+
+
+def stored_changes(folder: str | os.PathLike[str], saved: SavedAdapter) -> dict[str, tuple[Tensor, Tensor]]:
+    """Module name → ``(left [d, q], right [k, q])``, ``ΔW = left rightᵀ``, of an adapter with its basis.
 
     Raises:
-        FileNotFoundError, AdapterError: as :func:`adapter_info`; if there is no basis in the file, or tensors and
-            options do not give the change that was saved.
+        AdapterError: there is no basis in the file, or tensors and options do not give the change that was saved.
     """
-    saved = read_adapter(folder)
     if not saved.description.save_basis:
         raise AdapterError(f"{folder} was saved without its basis, so that its base is needed: pass base")
     formula = formula_of(config_of(saved.description))
@@ -150,4 +165,13 @@ def stored_changes(folder: str | os.PathLike[str]) -> dict[str, tuple[Tensor, Te
     return changes
 
 
-__all__ = ["AdapterInfo", "SavedModule", "adapter_info", "config_of", "info_of", "stored_changes"]
+__all__ = [
+    "AdapterInfo",
+    "SavedModule",
+    "SavedWhole",
+    "adapter_info",
+    "config_of",
+    "info_of",
+    "info_of_saved",
+    "stored_changes",
+]

@@ -33,7 +33,15 @@ def heads_named_by(task: object) -> tuple[str, ...]:
 
 def heads_of(task: object, names: Iterable[str]) -> list[str]:
     """The modules among ``names`` that PEFT saves whole for a task, without those within others."""
-    found = [name for name in names if name and name.endswith(heads_named_by(task))] if heads_named_by(task) else []
+    return saved_whole(heads_named_by(task), names)
+
+
+def saved_whole(ends: Iterable[str], names: Iterable[str]) -> list[str]:
+    """The modules among ``names`` that PEFT takes for those of ``modules_to_save``, without those within others.
+
+    It compares ends of the text, and not whole parts: "classifier" is "pre_classifier", too.
+    """
+    found = [name for name in names if name and name.endswith(tuple(ends))]
     return [name for name in found if not any(name.startswith(f"{other}.") for other in found)]
 
 
@@ -145,4 +153,4 @@ def _some(names: Sequence[str], most: int = 5) -> str:
     return ", ".join(list(names)[:most]) + more
 
 
-__all__ = ["Reader", "heads_named_by", "heads_of", "model_options"]
+__all__ = ["Reader", "heads_named_by", "heads_of", "model_options", "saved_whole"]

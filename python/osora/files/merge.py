@@ -9,10 +9,12 @@ from pathlib import Path
 
 import torch
 
-from osora.files.adapter import load_adapter
+from osora.files.adapter import load_layers
 from osora.files.base_folder import BaseFolder, BaseFolderError, Place
 from osora.files.format import CONFIG_FILE
-from osora.files.info import adapter_info
+from osora.files.info import info_of_saved
+from osora.files.put_tensors import check_puttable, put_tensors
+from osora.files.tensors import read_adapter
 from osora.files.whole import new_folder, refuse_unreplaceable, sync
 from osora.layers.adapted import AdaptedLinear
 from osora.model.state import all_layers
@@ -29,12 +31,14 @@ class MergedFolder:
 
     folder: Path
     merged: tuple[str, ...]
-    """Names of the tensors that were changed."""
+    """Names of the tensors that were changed: merged into, or those of a module that was trained whole."""
     copied: tuple[str, ...]
     """Files that are the base's, byte for byte."""
     left_out: tuple[str, ...]
     """Files of the base that were not taken over: weights in other formats, the model card, configs of adapters, hidden
     files."""
+    added: tuple[str, ...] = ()
+    """Names of the tensors of modules trained whole that the base does not have: a new head's."""
 
 
 def _merged_bytes(layer: AdaptedLinear, place: Place) -> memoryview:
@@ -77,7 +81,9 @@ def merge_saved(
     """Write a copy of a checkpoint with an adapter merged in: ``W0 + ΔW``, summed in float32 and rounded once.
 
     The bits are those of :func:`osora.merge` on the model loaded in the checkpoint's dtype. The model is never
-    loaded: one weight is held at a time, beside the adapter. ``out`` appears when all of it is on the disk.
+    loaded: one weight is held at a time, beside the adapter. Modules that the adapter trained whole take the place of
+    the base's, or stand beside what it has: a new head's ``num_labels`` is not in the config, and is to be given as for
+    the base. ``out`` appears when all of it is on the disk.
 
     Args:
         base: folder of the checkpoint that the adapter was trained on, in safetensors files, with or without an index.
@@ -96,14 +102,20 @@ def merge_saved(
     """
     out = Path(out)
     refuse_unreplaceable(out)  # before any work
-    info = adapter_info(adapter)
+    saved = read_adapter(adapter)
+    info = info_of_saved(adapter, saved)
     checkpoint = BaseFolder(base)
     if out.resolve().is_relative_to(checkpoint.folder.resolve()):
         raise BaseFolderError(f"{out} is within the base's folder {checkpoint.folder}: choose another one")
     places = checkpoint.places(info)
     model = checkpoint.stand_in(places)
-    load_adapter(model, adapter, max_memory=max_memory, progress=progress)
+    load_layers(model, saved, max_memory=max_memory, progress=progress)
     layers = all_layers(model)
+    wholes = saved.whole
+    trained = {f"{name}.{key}": tensor for name, values in wholes.items() for key, tensor in values.items()}
+    keys = checkpoint.keys_of(trained, places)
+    whole = {keys[name]: tensor for name, tensor in trained.items()}
+    check_puttable(checkpoint, whole)
     done = 0
     with new_folder(out) as unfinished:
         for name in checkpoint.files:
@@ -126,4 +138,7 @@ def merge_saved(
                 file.flush()
                 os.fsync(file.fileno())
         copied, left_out = _copy_rest(checkpoint, unfinished)
-    return MergedFolder(out, tuple(places[name].key for name in layers), tuple(copied), tuple(left_out))
+        replaced, added = put_tensors(checkpoint, unfinished, whole)
+        copied = [name for name in copied if not (whole and name == checkpoint.index)]
+    merged = [places[name].key for name in layers] + replaced
+    return MergedFolder(out, tuple(merged), tuple(copied), tuple(left_out), tuple(added))

@@ -9,7 +9,7 @@ import torch
 from osora.files.evidence import check_stored
 from osora.files.format import AdapterError, described, read_json
 from osora.files.info import config_of
-from osora.files.tensors import check_shapes, check_values, opened
+from osora.files.tensors import check_shapes, check_values, check_whole, opened
 from osora.layers.formulas import formula_of
 
 
@@ -34,8 +34,15 @@ def read_back(config: Path, tensors: Path) -> None:
                     change = formula.factors(basis, formula.named(here))
                     check_stored(description.modules[name], basis, change, here["S0"])
 
+            def check_module(item: tuple[str, dict[str, str]]) -> None:
+                values = {key: file.get_tensor(stored) for key, stored in item[1].items()}
+                check_whole(description, item[0], values, tensors)
+
+            whole, _ = description.whole_keys(found.keys() - description.shapes().keys())
             with ThreadPoolExecutor(max(1, torch.get_num_threads())) as pool:  # hashing leaves the interpreter's lock
                 for _ in pool.map(check, description.modules):
+                    pass
+                for _ in pool.map(check_module, whole.items()):
                     pass
     except (AdapterError, FileNotFoundError) as error:
         raise AdapterError(f"what was written cannot be loaded again, and nothing was replaced: {error}") from error

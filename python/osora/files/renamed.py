@@ -22,21 +22,32 @@ class Renamed:
     """The model's name → the checkpoint's, of tensors that stay as they are."""
     made: dict[str, tuple[str, ...]] = field(default_factory=dict)
     """A name in the model → the checkpoint's tensors that it is computed from."""
+    why_not: str = ""
+    """Why transformers could not be asked, where it could not."""
+
+    @property
+    def note(self) -> str:
+        """What an error about a name that is not found says of it; nothing where transformers has answered."""
+        return f" (whether transformers calls it otherwise could not be told: {self.why_not})" if self.why_not else ""
 
 
 def renamed(folder: Path, keys: Iterable[str]) -> Renamed:
-    """Ask transformers; nothing where it is not installed, or does not know the checkpoint's model."""
+    """Ask transformers; nothing but the reason where it is not installed, or does not know the checkpoint's model."""
     if not (folder / "config.json").is_file():
-        return Renamed()
+        return Renamed(why_not=f"{folder} has no config.json")
     try:
         import transformers
         from transformers.conversion_mapping import get_model_conversion_mapping
         from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
-    except ImportError:
-        return Renamed()
+    except ImportError as error:
+        return Renamed(why_not=f"transformers is missing, or before 5: {error}")
     try:
         config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)  # it would ask at a terminal
         name = next(iter(config.architectures or ()), "")
+        if not hasattr(transformers, name or "-"):
+            return Renamed(
+                why_not=f"{name or 'nothing'}, in its config.json's architectures, is no class of transformers"
+            )
         with torch.device("meta"):
             model = getattr(transformers, name)(config)
         rules = get_model_conversion_mapping(model)
@@ -52,8 +63,13 @@ def renamed(folder: Path, keys: Iterable[str]) -> Renamed:
                 made.setdefault(new, []).append(key)
     except Exception as error:  # whatever a config of somebody's, or another version's rules, may raise
         log.info("transformers cannot say how it names the tensors of %s: %s", folder, error)
-        return Renamed()
+        return Renamed(why_not=f"{type(error).__name__}: {_shortened(str(error))}")
     return Renamed(found, {key: tuple(sources) for key, sources in made.items()})
+
+
+def _shortened(text: str, most: int = 300) -> str:
+    line = " ".join(text.split())
+    return line if len(line) <= most else f"{line[:most]}..."
 
 
 __all__ = ["Renamed", "renamed"]

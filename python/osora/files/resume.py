@@ -10,7 +10,7 @@ from torch import nn
 
 from osora.files.adapter import load_adapter, save_adapter
 from osora.model.adapters import active_adapter, remove_adapter
-from osora.model.state import adapted_layers, has_adapter, refuse_sharded
+from osora.model.state import adapted_layers, has_adapter, refuse_sharded, trained_whole
 
 _RESTORED = "restored from a checkpoint"
 
@@ -34,7 +34,7 @@ def restore_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> nn.Modu
     """
     name = active_adapter(model)
     before = adapted_layers(model)
-    refuse_sharded(before, "restored")
+    refuse_sharded({**before, **trained_whole(model, name)}, "restored")
     load_adapter(model, folder, name=_RESTORED)
     try:
         saved = adapted_layers(model, _RESTORED)
@@ -54,7 +54,15 @@ def restore_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> nn.Modu
             shapes = [[p.shape for p in layer.deltas(which)] for which in (name, _RESTORED)]
             if shapes[0] != shapes[1]:
                 raise ValueError(f"{os.fspath(folder)}: {module} has {shapes[1]}, the model's adapter {shapes[0]}")
+        whole, saved_whole = (trained_whole(model, which) for which in (name, _RESTORED))
+        if other := sorted(saved_whole.keys() ^ whole.keys()):
+            raise ValueError(
+                f"{os.fspath(folder)} is an adapter that trains other modules whole than the model's {name!r}: "
+                f"{', '.join(other)}"
+            )
         with torch.no_grad():
+            for each in whole.values():
+                each.copy_of(name).load_state_dict(each.values(_RESTORED))
             for layer in before.values():
                 for parameter, value in zip(layer.deltas(name), layer.deltas(_RESTORED), strict=True):
                     parameter.copy_(value)

@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """The tensors' file of an adapter, read and checked against its description (:mod:`osora.files.format`)."""
 
+import dataclasses
 import os
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from osora.files import fingerprint
+from osora.files.evidence import describe_whole
 from osora.files.format import BASIS, CONFIG_FILE, TENSOR_FILE, AdapterError, Description, read_description
 from osora.files.whole import why_unreadable
 from osora.reference import FLOATS
@@ -24,7 +26,10 @@ class SavedAdapter:
     """Both files, read and checked: module name → kind → tensor."""
 
     description: Description
+    """With an entry for each module of :attr:`whole`."""
     tensors: dict[str, dict[str, Tensor]]
+    whole: dict[str, dict[str, Tensor]] = dataclasses.field(default_factory=dict)
+    """Of modules that were trained whole: module name → name in it → tensor."""
 
 
 def check_shapes(path: Path, description: Description, found: Mapping[str, tuple[int, ...]]) -> None:
@@ -61,11 +66,19 @@ def opened(path: Path) -> Iterator[Any]:
 
 
 def check_header(folder: str | os.PathLike[str], description: Description) -> None:
-    """Raise as :func:`read_adapter` does for names and shapes, of the file's header alone: no tensor is read."""
+    """Raise as :func:`read_adapter` does for names and shapes, of the header, and for the values of whole modules.
+
+    No other tensor is read: PEFT hands those of the method over, and nobody hands over the modules trained whole.
+    """
     path = Path(folder) / TENSOR_FILE
     with opened(path) as file:
         found = {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}
-    check_shapes(path, description, found)
+        check_shapes(path, description, found)
+        if description.whole is not None:
+            whole, _ = description.whole_keys(found.keys() - description.shapes().keys())
+            for name, inside in whole.items():
+                values = {key: file.get_tensor(stored) for key, stored in inside.items()}
+                check_whole(description, name, values, path)
 
 
 def check_values(description: Description, name: str, tensors: Mapping[str, Tensor], where: Path | str) -> None:
@@ -86,21 +99,42 @@ def check_values(description: Description, name: str, tensors: Mapping[str, Tens
             )
 
 
+def check_whole(
+    description: Description, name: str, tensors: Mapping[str, Tensor], where: Path | str
+) -> dict[str, Any]:
+    """The entry of a module trained whole. Raises AdapterError unless its tensors are finite, and those it tells of."""
+    for key, tensor in tensors.items():
+        if not bool(tensor.isfinite().all()):
+            raise AdapterError(f"{where}: {description.method.other_key(f'{name}.{key}')} holds NaN or infinite values")
+    entry = describe_whole(name, tensors)
+    if description.whole is not None and entry not in description.whole:
+        raise AdapterError(
+            f"{where}: the tensors of {name} are damaged, or not those that {CONFIG_FILE} was written with: their "
+            "values_sha256 differs"
+        )
+    return entry
+
+
+def _refuse_others(description: Description) -> None:
+    """Raise AdapterError for options of PEFT's that mean tensors which nothing here reads."""
+    for key, value in description.extras().items():
+        if key != "modules_to_save":
+            raise AdapterError(
+                f"{description.path}: the adapter was trained with {key}={value!r}, so that it has tensors beside the "
+                "method's: load it with PEFT (osora.peft)"
+            )
+
+
 def read_adapter(folder: str | os.PathLike[str]) -> SavedAdapter:
     """The adapter in ``folder``, method and ranks as they were saved.
 
     Raises:
         FileNotFoundError: there is none.
-        AdapterError: a damaged, incomplete or foreign file; tensors of PEFT's own beside the method's.
+        AdapterError: a damaged, incomplete or foreign file; tensors beside the method's that are no whole module's.
     """
     folder = Path(folder)
     description = read_description(folder)
-    if extras := description.extras() or ({"save_embedding_layers": True} if description.others else {}):
-        key, value = next(iter(extras.items()))
-        raise AdapterError(
-            f"{description.path}: the adapter was trained with {key}={value!r}, so that it has tensors beside the "
-            "method's: load it with PEFT (osora.peft)"
-        )
+    _refuse_others(description)
     path = folder / TENSOR_FILE
     with opened(path) as file:
         found = {key: file.get_tensor(key) for key in file.keys()}
@@ -112,7 +146,20 @@ def read_adapter(folder: str | os.PathLike[str]) -> SavedAdapter:
     with ThreadPoolExecutor(max(1, torch.get_num_threads())) as pool:  # hashing leaves the interpreter's lock
         for _ in pool.map(lambda item: check_values(description, item[0], item[1], path), tensors.items()):
             pass
-    return SavedAdapter(description, tensors)
+    keys, rest = description.whole_keys(found.keys() - description.shapes().keys())
+    if rest:
+        raise AdapterError(
+            f"{path} has {len(rest)} tensors beside the method's that belong to no module of modules_to_save, the "
+            f"first is {rest[0]} (an embedding that was resized, say): load it with PEFT (osora.peft)"
+        )
+    whole = {name: {inner: found[key] for inner, key in inside.items()} for name, inside in keys.items()}
+    if "modules_to_save" in description.extras() and not whole:
+        raise AdapterError(
+            f"{description.path}: the adapter was trained with modules_to_save="
+            f"{description.options['modules_to_save']!r}, and {path.name} has no tensor of such a module"
+        )
+    entries = tuple(check_whole(description, name, values, path) for name, values in whole.items())
+    return SavedAdapter(replace(description, whole=entries), tensors, whole)
 
 
-__all__ = ["SavedAdapter", "check_header", "check_shapes", "check_values", "opened", "read_adapter"]
+__all__ = ["SavedAdapter", "check_header", "check_shapes", "check_values", "check_whole", "opened", "read_adapter"]

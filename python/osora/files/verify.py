@@ -8,11 +8,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from osora.files.adapter import load_adapter
+from osora.files.adapter import load_layers
 from osora.files.base_folder import BaseFolder
 from osora.files.fingerprint import rounding_unit, weight_digest
 from osora.files.format import DTYPES
-from osora.files.info import SavedModule, adapter_info
+from osora.files.info import SavedModule, info_of_saved
+from osora.files.tensors import read_adapter
 from osora.layers.adapted import AdaptedLinear
 from osora.layers.base_weight import oriented_weight
 from osora.model.state import all_layers
@@ -128,10 +129,11 @@ def verify_adapter(
         AdapterError: a damaged adapter; another base; what :func:`osora.load_adapter` refuses.
         ValueError: ``base`` is no checkpoint in safetensors files.
     """
-    info = adapter_info(folder)
+    saved = read_adapter(folder)
+    info = info_of_saved(folder, saved)
     checkpoint = BaseFolder(base)
     places = checkpoint.places(info)
-    model = load_adapter(checkpoint.stand_in(places), folder, max_memory=max_memory, progress=progress)
+    model = load_layers(checkpoint.stand_in(places), saved, max_memory=max_memory, progress=progress)
     layers = all_layers(model)
     return Verification(
         Path(folder),

@@ -30,7 +30,8 @@ from osora.model.state import (
     refuse_if_busy,
     state_of,
 )
-from osora.model.targets import Target, find_targets
+from osora.model.targets import Target, find_targets, whole_modules
+from osora.model.whole_modules import find_whole, whole_names
 from osora.svd.certificate import Unconverged
 
 
@@ -71,6 +72,8 @@ def set_adapter(model: nn.Module, name: str) -> nn.Module:
     for layer in all_layers(model).values():
         layer.select_adapter(name)
         layer.dropout = adapter.config.dropout
+    for whole in whole_modules(model).values():
+        whole.select_adapter(name)
     state.active = name
     for parameter in adapter_parameters(model):
         parameter.requires_grad_(trainable)
@@ -79,6 +82,8 @@ def set_adapter(model: nn.Module, name: str) -> nn.Module:
 
 def remove_adapter(model: nn.Module, name: str) -> nn.Module:
     """Forget an adapter. Layers that no other one is in are their base layers again; bases keep their columns.
+
+    So are modules that no other one trains whole.
 
     Args:
         model: a model with several adapters.
@@ -102,7 +107,11 @@ def remove_adapter(model: nn.Module, name: str) -> nn.Module:
     layers = adapted_layers(model, name).values()
     for layer in layers:
         layer.remove_adapter(name)
+    wholes = whole_modules(model, name).values()
+    for whole in wholes:
+        whole.remove_adapter(name)
     unwrap(model, [layer for layer in layers if not layer.adapters()])
+    unwrap(model, [whole for whole in wholes if not whole.adapters()])
     del state.adapters[name]
     return model
 
@@ -163,12 +172,14 @@ def add_adapter(
     notes: dict[str, str] = {}
     if config is None:
         config = state.current.config
+        wholes = find_whole(model, state.current.whole or None, exact=True)
         joined = [(layer, layer.rank) for layer in adapted_layers(model).values()]
         formula = formula_of(config)
     else:
         formula = formula_of(config)
         there = {id(layer.base_layer): layer for layer in all_layers(model).values()}
-        targets = find_targets(model, config, fresh_parts(model))
+        wholes = find_whole(model, config.modules_to_save)
+        targets = find_targets(model, config, fresh_parts(model), whole_names(wholes), whole_modules(model))
         fitted = [_fitted(t, there[id(t.module)], config) for t in targets if id(t.module) in there]
         joined = [(there[id(target.module)], target.rank) for target in fitted]
         missing = [target for target in targets if id(target.module) not in there]
@@ -178,9 +189,12 @@ def add_adapter(
             target, factors = as_asked(target, factors, config)
             new.append((target, make_layer(target.module, factors, formula, config.dropout, name)))
         notes = notes_of([*fitted, *(target for target, _ in new)])
+    trained = whole_modules(model)
+    copies = [whole.placed(trained.get(whole.name), name) for whole in wholes]
     for layer, rank in joined:
         layer.add_adapter(name, formula, rank)
-    install_beside(model, new, name, AdapterState(config, time.perf_counter() - began, notes))
+    whole_too = [whole.name for whole in wholes]
+    install_beside(model, new, copies, name, AdapterState(config, time.perf_counter() - began, notes, whole_too))
     return model
 
 
@@ -233,16 +247,21 @@ def adapters_in_batch(model: nn.Module, names: Sequence[str | None]) -> Iterator
     for name, layer in layers.items():
         if layer.merged:
             raise ValueError(f"{name}: the adapter is merged: call osora.unmerge(model) first")
-    before = {name: layer.batch for name, layer in layers.items()}
+    wholes = whole_modules(model).values()
+    before, before_whole = {name: layer.batch for name, layer in layers.items()}, [whole.batch for whole in wholes]
     with torch.no_grad():
         batches = {name: _rows_of(layer, tables, state) for name, layer in layers.items()}
     try:
         for name, layer in layers.items():
             layer.batch = batches[name]
+        for whole in wholes:
+            whole.batch = tables.names
         yield model
     finally:
         for name, layer in layers.items():
             layer.batch = before[name]
+        for whole, batch in zip(wholes, before_whole, strict=True):
+            whole.batch = batch
 
 
 __all__ = ["active_adapter", "adapter_names", "adapters_in_batch", "add_adapter", "remove_adapter", "set_adapter"]

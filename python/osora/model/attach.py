@@ -4,7 +4,6 @@
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 from torch import nn
@@ -14,8 +13,9 @@ from osora.layers.adapted import AdaptedLinear
 from osora.layers.formulas import formula_of
 from osora.layers.linears import make_layer
 from osora.layers.quantised import allow_packing, keep_order
+from osora.layers.whole_module import WholeModule
 from osora.model.decompose import as_asked, notes_of
-from osora.model.fresh import CURE, fresh_parts, warn_of_fresh
+from osora.model.fresh import cure_of, fresh_parts, warn_of_fresh
 from osora.model.merge import merge_layers
 from osora.model.state import (
     AdapterState,
@@ -30,8 +30,9 @@ from osora.model.state import (
     remember,
     state_of,
 )
-from osora.model.targets import Target, find_targets, uncompiled
+from osora.model.targets import Target, find_targets, uncompiled, whole_modules, within
 from osora.model.together import follow_calls
+from osora.model.whole_modules import Copy, find_whole, whole_names
 from osora.svd.certificate import Decomposition
 
 
@@ -44,32 +45,45 @@ def _replace(model: nn.Module, names: Iterable[str], module: nn.Module) -> None:
 Layers = list[tuple[Target, AdaptedLinear]]
 
 
-def install(model: nn.Module, layers: Layers, name: str, adapter: AdapterState) -> None:
-    """Wrap the targets in their finished layers and freeze everything else: the model's first adapter."""
+def install(model: nn.Module, layers: Layers, wholes: Iterable[Copy], name: str, adapter: AdapterState) -> None:
+    """Put the finished layers and copies in their places and freeze everything else: the model's first adapter."""
     required_grad = {name: p.requires_grad for name, p in uncompiled(model).named_parameters()}
     for parameter in model.parameters():
         parameter.requires_grad_(False)
     for target, layer in layers:
         _replace(model, target.names, layer)
+    for each in wholes:
+        each.put(model)
     remember(model, State(required_grad, name, {name: adapter}, keep_order(model)))
     adapter.begin(model, name)
 
 
-def install_beside(model: nn.Module, layers: Layers, name: str, adapter: AdapterState) -> None:
+def install_beside(model: nn.Module, layers: Layers, wholes: Iterable[Copy], name: str, adapter: AdapterState) -> None:
     """A further adapter, which waits: ``layers`` are the new ones; those that were there have its o and s already."""
     for target, layer in layers:
         layer.select_adapter(None)
         layer.requires_grad_(False)
         _replace(model, target.names, layer)
+    for each in wholes:
+        whole = each.put(model)
+        whole.select_adapter(state_of(model).active)
+        whole.copy_of(name).requires_grad_(False)
     state_of(model).adapters[name] = adapter
     adapter.begin(model, name)
 
 
-def unwrap(model: nn.Module, layers: Iterable[AdaptedLinear]) -> None:
-    """Put their base layers back in their places, under every name they have."""
+def unwrap(model: nn.Module, layers: Iterable[AdaptedLinear | WholeModule], merged: bool = False) -> None:
+    """Put their base layers back in their places, under every name they have.
+
+    ``merged`` leaves what the active adapter has made of them: a module that was trained whole is then its copy.
+    """
     identities = {id(layer) for layer in layers}
     for name, module in list(uncompiled(model).named_modules(remove_duplicate=False)):
-        if isinstance(module, AdaptedLinear) and id(module) in identities:
+        if id(module) not in identities:
+            continue
+        if isinstance(module, WholeModule) and merged:
+            _replace(model, [name], module.answering())
+        elif isinstance(module, AdaptedLinear | WholeModule):
             _replace(model, [name], module.base_layer)
 
 
@@ -88,23 +102,28 @@ def attach_from(
         check_new_name(model, name)
         began = time.perf_counter()
         fresh = fresh_parts(model)
-        targets = find_targets(model, config, fresh)
-        whole = {target.name: target.module for target in targets}
-        refuse_sharded(whole, "decomposed", "attach the adapter before the model is sharded")
-        for target in targets:
-            weight: Any = target.module.weight
-            if weight.is_inference() and not serving:
-                raise ValueError(
-                    f"{target.name}.weight was made within torch.inference_mode(), and nothing can be trained on it: "
-                    "load the model outside of it (torch.no_grad() serves as well)"
-                )
-        warn_of_fresh(fresh, CURE, stacklevel + 1)
-        layers = []
+        wholes = find_whole(model, config.modules_to_save)
+        names = whole_names(wholes)
+        targets = find_targets(model, config, fresh, names)
+        modules = {t.name: t.module for t in targets} | {w.name: w.module for w in wholes}
+        refuse_sharded(modules, "decomposed", "attach the adapter before the model is sharded")
+        for where, module in modules.items():
+            for key, weight in module.named_parameters():
+                if weight.is_inference() and not serving:
+                    raise ValueError(
+                        f"{where}.{key} was made within torch.inference_mode(), and nothing can be trained on it: load "
+                        "the model outside of it (torch.no_grad() serves as well)"
+                    )
+        lost = [part for part in fresh if within(part, names) is None]
+        warn_of_fresh(lost, cure_of(lost), stacklevel + 1)
+        layers: Layers = []
         for target, factors in source(targets):
             target, factors = as_asked(target, factors, config)
             layers.append((target, make_layer(target.module, factors, formula, config.dropout, name)))
         notes = notes_of(target for target, _ in layers)
-        install(model, layers, name, AdapterState(config, time.perf_counter() - began, notes, basis=basis))
+        copies, trained = [whole.placed(None, name) for whole in wholes], [whole.name for whole in wholes]
+        state = AdapterState(config, time.perf_counter() - began, notes, trained, basis=basis)
+        install(model, layers, copies, name, state)
 
 
 def detach(model: nn.Module, *, merged: bool = False) -> nn.Module:
@@ -112,8 +131,9 @@ def detach(model: nn.Module, *, merged: bool = False) -> nn.Module:
 
     Args:
         model: a model with an adapter, merged or not.
-        merged: leave the active adapter's merged weights in place of the base weights, as a plain model to save or
-            serve. Quantised ones are merged first, by ``osora.merge(model, requantize=True)``.
+        merged: leave the active adapter's merged weights in place of the base weights, and its copies in place of the
+            modules that it trained whole, as a plain model to save or serve. Quantised weights are merged first, by
+            ``osora.merge(model, requantize=True)``.
 
     Returns:
         ``model`` itself.
@@ -126,7 +146,7 @@ def detach(model: nn.Module, *, merged: bool = False) -> nn.Module:
         for layer in layers.values():
             if layer.merged:
                 layer.unmerge()
-    unwrap(model, all_layers(model).values())
+    unwrap(model, [*all_layers(model).values(), *whole_modules(model).values()], merged)
     allow_packing(state.in_order)
     follow_calls(model)
     forget(model)
@@ -139,9 +159,10 @@ def detach(model: nn.Module, *, merged: bool = False) -> nn.Module:
 def disabled(model: nn.Module) -> Iterator[nn.Module]:
     """Within it, the model is its base, bit for bit (a reference model for DPO, say). Raises ValueError if merged."""
     state_of(model)
-    layers = list(all_layers(model).values())
-    if any(layer.merged for layer in layers):
+    adapted = all_layers(model).values()
+    if any(layer.merged for layer in adapted):
         raise ValueError("the adapter is merged: call osora.unmerge(model) first")
+    layers: list[AdaptedLinear | WholeModule] = [*adapted, *whole_modules(model).values()]
     before = [layer.enabled for layer in layers]
     try:
         for layer in layers:

@@ -16,6 +16,7 @@ from torch import nn
 
 from osora.layers.adapted import AdaptedLinear
 from osora.layers.base_weight import is_conv1d, is_quantised
+from osora.layers.whole_module import WholeModule
 from osora.model.targets import base_modules, uncompiled
 
 _READ = "_is_hf_initialized"  # transformers' mark on a parameter that came from the checkpoint
@@ -69,7 +70,7 @@ def embeddings_of(model: Any) -> list[nn.Module]:
         except NotImplementedError:  # a CLIP has two
             continue
         if isinstance(embedding, nn.Module):
-            found.append(embedding.base_layer if isinstance(embedding, AdaptedLinear) else embedding)
+            found.append(embedding.base_layer if isinstance(embedding, AdaptedLinear | WholeModule) else embedding)
     return found
 
 
@@ -105,10 +106,12 @@ def fresh_parts(model: nn.Module) -> dict[str, nn.Module]:
     return found
 
 
-CURE = (
-    "save that base with model.save_pretrained(folder) and load both from there, or train the parts whole with PEFT: "
-    "osora.peft's config has modules_to_save"
-)
+def cure_of(lost: Collection[str]) -> str:
+    """What to do about them: the adapter's own copy, or a checkpoint that has them."""
+    return (
+        f"train them whole, so that its file has them, with modules_to_save={sorted(lost)!r} in its config, or save "
+        "that base with model.save_pretrained(folder) and load both from there"
+    )
 
 
 def warn_of_fresh(lost: Collection[str], cure: str, stacklevel: int) -> None:
@@ -122,4 +125,4 @@ def warn_of_fresh(lost: Collection[str], cure: str, stacklevel: int) -> None:
         )
 
 
-__all__ = ["CURE", "embeddings_of", "fresh_parts", "warn_of_fresh"]
+__all__ = ["cure_of", "embeddings_of", "fresh_parts", "warn_of_fresh"]

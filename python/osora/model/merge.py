@@ -30,6 +30,7 @@ def merge(model: nn.Module, *, requantize: bool = False) -> nn.Module:
 
     Of several adapters it is the active one, in the layers that it is in.
     The base weights are kept beside the merged ones (one more copy of the adapted weights) for :func:`unmerge`.
+    Modules that it trains whole are its copies already, and stay so.
     If one layer cannot be merged, none is.
 
     Args:

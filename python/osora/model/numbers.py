@@ -13,7 +13,8 @@ from osora.layers.base_weight import base_weight, is_quantised
 from osora.layers.formulas import formula_of
 from osora.model.fresh import fresh_parts
 from osora.model.state import adapted_layers, state_of
-from osora.model.targets import base_modules, find_targets
+from osora.model.targets import base_modules, find_targets, whole_modules
+from osora.model.whole_modules import find_whole, whole_names
 
 _NOTES_SHOWN = 8
 _READ = "the model reads its weight itself: right, and a product at each read"
@@ -35,6 +36,18 @@ class ModuleSummary:
 
 
 @dataclass(frozen=True)
+class WholeCount:
+    """One module that is trained whole: its name, and how many numbers of it are trained."""
+
+    name: str
+    trainable: int
+
+
+def _whole_line(whole: tuple[WholeCount, ...]) -> str:
+    return "trained whole: " + ", ".join(f"{each.name} ({each.trainable:,})" for each in whole)
+
+
+@dataclass(frozen=True)
 class Summary:
     """The numbers of an adapted model; ``print`` it for a table."""
 
@@ -42,6 +55,8 @@ class Summary:
     trainable: int
     total: int
     seconds: float
+    whole: tuple[WholeCount, ...] = ()
+    """Modules that the adapter trains whole (``modules_to_save``); :attr:`trainable` has them."""
 
     @property
     def share(self) -> float:
@@ -71,6 +86,8 @@ class Summary:
             lines.append(
                 f"{len(group):>6}  {f'{d} x {k}':>14}  {rank:>9}  {trainable:>10,}  {method:>8}  {residual:>12.1e}"
             )
+        if self.whole:
+            lines.append(_whole_line(self.whole))
         lines.append(
             f"trainable {self.trainable:,} of {self.total:,} ({self.share:.3%}); decomposed in {self.seconds:.1f} s, "
             f"largest residual {self.max_residual:.1e}" + ("" if self.converged else ", NOT ALL CONVERGED")
@@ -107,7 +124,11 @@ def summary(model: nn.Module) -> Summary:
         for name, layer in adapted_layers(model).items()
     )
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    return Summary(modules, trainable, _base_numbers(model), state.seconds)
+    whole = tuple(
+        WholeCount(name, sum(p.numel() for p in each.trained(active)))
+        for name, each in whole_modules(model, active).items()
+    )
+    return Summary(modules, trainable, _base_numbers(model), state.seconds, whole)
 
 
 @dataclass(frozen=True)
@@ -129,11 +150,13 @@ class ParameterCount:
     modules: tuple[ModuleCount, ...]
     total: int
     """Numbers of the base model, shared ones once."""
+    whole: tuple[WholeCount, ...] = ()
+    """Modules that would be trained whole (``modules_to_save``)."""
 
     @property
     def trainable(self) -> int:
-        """Numbers that would be trained."""
-        return sum(module.trainable for module in self.modules)
+        """Numbers that would be trained, those of whole modules too."""
+        return sum(m.trainable for m in self.modules) + sum(w.trainable for w in self.whole)
 
     @property
     def basis(self) -> int:
@@ -157,9 +180,11 @@ def count_parameters(model: nn.Module, config: AdapterConfig | None = None) -> P
     """
     config = OsoraConfig() if config is None else config
     formula, modules = formula_of(config), []
-    for target in find_targets(model, config, fresh_parts(model)):
+    wholes = find_whole(model, config.modules_to_save, planned=True)
+    for target in find_targets(model, config, fresh_parts(model), whole_names(wholes)):
         (d, k), r = target.weight.shape, target.rank
         shapes = formula.shapes(d, k, r)
         trainable = sum(math.prod(shapes[kind]) for kind in formula.trained)
         modules.append(ModuleCount(target.name, (d, k), r, trainable, r * (d + k + 1), target.note))
-    return ParameterCount(tuple(modules), _base_numbers(model))
+    counted = tuple(WholeCount(whole.name, sum(p.numel() for p in whole.module.parameters())) for whole in wholes)
+    return ParameterCount(tuple(modules), _base_numbers(model), counted)

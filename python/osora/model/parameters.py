@@ -8,15 +8,22 @@ from typing import Any
 from torch import Tensor, nn
 
 from osora.model.state import adapted_layers, state_of
+from osora.model.targets import whole_modules
 
 
 def adapter_parameters(model: nn.Module) -> list[nn.Parameter]:
     """The trained parameters, the active adapter's in every layer that it is in, for an optimiser.
 
-    Of OSoRA o and s, of SORSA u, s and v, layer by layer.
+    Of OSoRA o and s, of SORSA u, s and v, layer by layer; then those of modules that it trains whole.
     """
     active = state_of(model).active
-    return [parameter for layer in adapted_layers(model).values() for parameter in layer.trained(active)]
+    own = [parameter for layer in adapted_layers(model).values() for parameter in layer.trained(active)]
+    return own + _of_whole(model, active)
+
+
+def _of_whole(model: nn.Module, adapter: str) -> list[nn.Parameter]:
+    found = [parameter for whole in whole_modules(model, adapter).values() for parameter in whole.trained(adapter)]
+    return list({id(parameter): parameter for parameter in found}.values())
 
 
 @dataclass(frozen=True)
@@ -30,13 +37,15 @@ class _Part:
     S0: Tensor
 
 
-def _of_model(model: nn.Module) -> list[_Part]:
+def _of_model(model: nn.Module) -> tuple[list[_Part], list[nn.Parameter]]:
+    """Of the active adapter; and the modules that it trains whole."""
     name = state_of(model).active
-    return [
+    parts = [
         _Part(kind, where, name, getattr(layer, kind), layer.basis()[2])
         for where, layer in adapted_layers(model).items()
         for kind in layer.formula(name).trained
     ]
+    return parts, _of_whole(model, name)
 
 
 def _of_peft(model: nn.Module) -> tuple[list[_Part], list[nn.Parameter]]:
@@ -83,13 +92,13 @@ def parameter_groups(
 
     Returns:
         Dicts with "params" and "lr", "weight_decay" if given, and "name": the kind, or with relative_s "s" and the
-        layer's name. What else a PEFT model trains (``modules_to_save``, biases) is the group "other", at ``lr``.
+        layer's name. What else is trained (``modules_to_save``, biases with PEFT) is the group "other", at ``lr``.
 
     Raises:
         ValueError: no adapter; a rate for a kind that the adapter does not train; a negative or infinite number.
         TypeError: what is no number.
     """
-    parts, rest = _of_peft(model) if getattr(model, "peft_config", None) else (_of_model(model), [])
+    parts, rest = _of_peft(model) if getattr(model, "peft_config", None) else _of_model(model)
     trained = tuple(dict.fromkeys(part.kind for part in parts))
     active = ", ".join(dict.fromkeys(part.adapter for part in parts))
     rates = {"o": lr_o, "s": lr_s, "u": lr_u, "v": lr_v}

@@ -8,7 +8,7 @@ from torch import nn
 
 from osora.layers.quantised import keep_order
 from osora.model.state import all_layers, forget, state_of
-from osora.model.targets import uncompiled
+from osora.model.targets import uncompiled, whole_modules
 from osora.model.together import follow_calls
 
 
@@ -50,8 +50,9 @@ def share_base(model: nn.Module) -> nn.Module:
             state = module.__dict__.get(name)
             if type(state).__module__.startswith("bitsandbytes."):
                 shared[id(state)] = state
-    for layer in layers.values():
-        shared[id(layer)] = copy.deepcopy(layer.base_layer, shared)
+    placed: list[Any] = [*layers.values(), *whole_modules(model).values()]
+    for each in placed:
+        shared[id(each)] = copy.deepcopy(each.base_layer, shared)
     keep_order(model)  # for good: packed by one, the weights would have no derivative in the other
     if layers:
         shared[id(state_of(model))] = None

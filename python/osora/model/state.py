@@ -12,7 +12,8 @@ from osora.layers import AdaptedLinear
 from osora.layers.first_step import watch_first_step
 from osora.layers.penalty import Penalty
 from osora.layers.read_weight import Place, Readers
-from osora.model.targets import refuse_wrapped, uncompiled
+from osora.layers.whole_module import WholeModule
+from osora.model.targets import refuse_wrapped, uncompiled, whole_modules
 
 log = logging.getLogger("osora")
 
@@ -34,6 +35,7 @@ class AdapterState:
     config: AdapterConfig
     seconds: float
     notes: dict[str, str] = field(default_factory=dict)  # module name -> what is worth a line
+    whole: list[str] = field(default_factory=list)  # names of the modules that it trains whole
     penalty: Penalty | None = None  # of SORSA, as long as the adapter is there
     basis: BasisNote | None = None
 
@@ -42,7 +44,8 @@ class AdapterState:
         layers, readers = adapted_layers(model, name), state_of(model).readers
         for module, layer in layers.items():
             layer.place = Place(module, readers)
-        watch_first_step(layers, lambda layer: layer.trained(name) if name in layer.adapters() else ())
+        watched = {**layers, **whole_modules(model, name)}
+        watch_first_step(watched, lambda layer: layer.trained(name) if name in layer.adapters() else ())
         if isinstance(self.config, SorsaConfig):
             self.penalty = Penalty(list(layers.values()), name, self.config.gamma, self.config.regularizer)
         for module, note in self.notes.items():
@@ -116,6 +119,17 @@ def adapted_layers(model: nn.Module, adapter: str | None = None) -> dict[str, Ad
     if adapter is None:
         return {name: layer for name, layer in layers if layer.adapter is not None}
     return {name: layer for name, layer in layers if adapter in layer.adapters()}
+
+
+def trained_whole(model: nn.Module, adapter: str) -> dict[str, WholeModule]:
+    """Name → the modules that an adapter of the model trains whole. Raises ValueError where one is there no more."""
+    found = whole_modules(model, adapter)
+    if gone := [name for name in state_of(model).of(adapter).whole if name not in found]:
+        raise ValueError(
+            f"{gone[0]}, which the adapter {adapter!r} trains whole, was replaced in the model since (by resizing "
+            "embeddings, say), so that what was trained is lost: change the model first, and then attach the adapter"
+        )
+    return found
 
 
 def refuse_if_busy(model: nn.Module) -> None:

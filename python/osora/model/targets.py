@@ -17,6 +17,7 @@ from osora.config import ALL_LINEAR, AdapterConfig
 from osora.layers.adapted import AdaptedLinear
 from osora.layers.base_weight import BaseWeight, base_weight, is_conv1d
 from osora.layers.quantised import kind_of, refuse_unsupported, unsupported
+from osora.layers.whole_module import WholeModule
 
 log = logging.getLogger("osora")
 
@@ -64,7 +65,7 @@ def _is_linear(module: nn.Module) -> bool:
 def _output_head(model: nn.Module) -> nn.Module | None:
     getter = getattr(model, "get_output_embeddings", None)
     head = getter() if callable(getter) else None
-    return head.base_layer if isinstance(head, AdaptedLinear) else head
+    return head.base_layer if isinstance(head, AdaptedLinear | WholeModule) else head
 
 
 def check_is_linear(name: str, module: nn.Module) -> None:
@@ -125,6 +126,16 @@ def check_not_tied(name: str, module: nn.Module, holders: dict[int, set[int]]) -
             f"the weight of {name} is tied to another module's (an embedding's, most often): merging would silently "
             f"untie them, so it is refused; exclude_modules=[{name.rsplit('.', 1)[-1]!r}] leaves it out"
         )
+
+
+def check_not_whole(names: Iterable[str], whole: Collection[str]) -> None:
+    """Raise ValueError for a module, by its names, within one that another adapter trains ``whole``."""
+    for name in names:
+        if (outer := within(name, whole)) is not None:
+            raise ValueError(
+                f"target {name} is within {outer}, which another adapter trains whole (modules_to_save): leave it out "
+                f"with exclude_modules=[{name.rsplit('.', 1)[-1]!r}], or load the two adapters into copies of the model"
+            )
 
 
 def weight_holders(model: nn.Module) -> dict[int, set[int]]:
@@ -202,18 +213,47 @@ def check_not_of_peft(name: str, outer: set[str]) -> None:
 
 
 def base_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Every name of every module, as if the model had no adapter: an adapted layer's base stands in its place."""
-    inside: set[str] = set()
-    for name, module in uncompiled(model).named_modules(remove_duplicate=False):
-        if isinstance(module, AdaptedLinear):
-            inside.add(f"{name}.base_layer")
-            yield name, module.base_layer
-        elif name not in inside:
-            yield name, module
+    """Every name of every module, as if the model had no adapter: what is adapted or trained whole is its base."""
+
+    def walk(name: str, module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+        module = module.base_layer if isinstance(module, AdaptedLinear | WholeModule) else module
+        yield name, module
+        for child, inner in module._modules.items():
+            if inner is not None:
+                yield from walk(f"{name}.{child}" if name else child, inner)
+
+    return walk("", uncompiled(model))
+
+
+def whole_modules(model: nn.Module, adapter: str | None = None) -> dict[str, WholeModule]:
+    """The modules that an adapter trains whole.
+
+    Args:
+        model: a model with adapters, or without, which has none.
+        adapter: its name; None for those of any.
+
+    Returns:
+        Module name → what stands in the module's place, in the model's order; one that has several names once.
+    """
+    found = uncompiled(model).named_modules()
+    wholes = {name: module for name, module in found if isinstance(module, WholeModule)}
+    return {name: whole for name, whole in wholes.items() if adapter is None or adapter in whole.adapters()}
+
+
+def within(name: str, outer: Iterable[str]) -> str | None:
+    """The first of the modules ``outer`` that is the module ``name``, or that it is in."""
+    return next((each for each in outer if name == each or name.startswith(f"{each}.")), None)
+
+
+_NONE: Mapping[str, nn.Module] = MappingProxyType({})
 
 
 def find_targets(
-    model: nn.Module, config: AdapterConfig, fresh: Mapping[str, nn.Module] = MappingProxyType({})
+    model: nn.Module,
+    config: AdapterConfig,
+    fresh: Mapping[str, nn.Module] = _NONE,
+    whole: Collection[str] = (),
+    of_others: Collection[str] = (),
 ) -> list[Target]:
     """The layers ``config`` names, in the model's order; of one that has an adapter already, the base layer.
 
@@ -222,10 +262,12 @@ def find_targets(
         config: which.
         fresh: :func:`osora.model.fresh.fresh_parts` of the model, which "all-linear" leaves out: their random weights
             are others in the next process, which would refuse the adapter.
+        whole: names of the modules that the adapter trains whole: what is in them is not adapted.
+        of_others: names of those that the model's other adapters do, which "all-linear" leaves out.
 
     Raises:
-        ValueError: nothing matches; a match is no linear layer; its weight is tied to another module; a
-            ``rank_pattern`` matches nothing.
+        ValueError: nothing matches; a match is to be trained whole, or is by another adapter; it is no linear layer;
+            its weight is tied to another module; a ``rank_pattern`` matches nothing.
         TypeError: a match is quantised in a way that cannot be read.
     """
     names_of: dict[int, list[str]] = defaultdict(list)
@@ -254,6 +296,14 @@ def find_targets(
             continue
         if layers is not None and layer_index(name) not in layers:
             continue
+        if any(within(n, whole) or (everything and within(n, of_others)) for n in names):
+            if not everything and (named := next((n for n in names if n in whole), None)) is not None:
+                raise ValueError(
+                    f"{named} is named by target_modules and by modules_to_save: it is either adapted or trained "
+                    "whole; leave it out of one of them"
+                )
+            continue
+        check_not_whole(names, of_others)
         check_not_of_peft(name, outer)
         check_is_linear(name, module)
         check_not_rewritten(name, module, own)

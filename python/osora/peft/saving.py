@@ -7,12 +7,13 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from contextvars import ContextVar
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from osora.files.evidence import check_describable, check_finite, describe
+from osora.files.evidence import check_describable, check_finite, describe, describe_whole
 from osora.files.format import CONFIG_FILE, FILE_METHODS, Description, write_config
 from osora.peft.layer import AdapterLayer, layers_of
 from osora.peft.selecting import Selection, selected
@@ -61,7 +62,13 @@ def save(config: AdapterConfig, options: dict[str, Any], folder: Path) -> None:
     method = FILE_METHODS[config.method]
     named = {module["name"]: module for module in modules}
     others = tuple(sorted(method.other_key(name) for name in selection.beside))
-    description = Description(folder / CONFIG_FILE, method, options, config.save_basis, named, others, config.note)
+    description = Description(
+        folder / CONFIG_FILE, method, options, config.save_basis, named, others, basis=config.note
+    )
+    beside = {method.other_key(name): tensor for name, tensor in selection.beside.items()}
+    keys, _ = description.whole_keys(others)
+    whole = [describe_whole(name, {k: beside[key] for k, key in inside.items()}) for name, inside in keys.items()]
+    description = replace(description, whole=tuple(whole) or None)
     write_config(folder, description.contents())
     if (found := _listening.get()) is not None:
         found[folder] = description
