@@ -35,7 +35,9 @@ from osora.files.tensors import read_adapter
 from osora.layers.adapted import DEFAULT, AdaptedLinear
 from osora.layers.base_weight import base_weight
 from osora.layers.formulas import formula_of
+from osora.layers.known_base import KnownBase, know_bases, known_base
 from osora.layers.linears import make_layer
+from osora.layers.sharded import is_sharded, one_writes, ranks_of, whole
 from osora.model.attach import install, install_beside
 from osora.model.decompose import decompose_targets
 from osora.model.fresh import CURE, fresh_parts, warn_of_fresh
@@ -46,7 +48,7 @@ from osora.model.state import (
     check_new_name,
     refuse_if_adapted,
     refuse_if_busy,
-    refuse_sharded,
+    refuse_late,
     state_of,
 )
 from osora.model.targets import (
@@ -55,6 +57,7 @@ from osora.model.targets import (
     check_has_values,
     check_is_linear,
     check_not_tied,
+    refuse_wrapped,
     uncompiled,
     weight_holders,
 )
@@ -64,25 +67,20 @@ from osora.svd.certificate import Decomposition
 # -- save ------------------------------------------------------------------------------------------------------------
 
 
-def _values(layer: AdaptedLinear, adapter: str) -> dict[str, Tensor]:
-    """What the adapter trains in the layer, by kind, and S0 of its rank."""
+def _whole_values(layer: AdaptedLinear, adapter: str) -> dict[str, Tensor]:
+    """What the adapter trains in the layer, by kind, and S0 of its rank. Collective where that is sharded."""
     deltas = {
-        kind: tensor.detach().to(layer.S0.dtype)
+        kind: whole(tensor).to(layer.S0.dtype)
         for kind, tensor in zip(layer.formula(adapter).kinds, layer.deltas(adapter), strict=True)
     }
     return deltas | {"S0": layer.basis(deltas["s"].numel())[2]}
 
 
-def _describe(name: str, layer: AdaptedLinear, adapter: str) -> dict[str, Any]:
-    values = _values(layer, adapter)
-    return describe(
-        name,
-        layer.base(),
-        layer.basis(values["S0"].numel()),
-        layer.delta_factors(adapter),
-        values,
-        layer.certificate,
-    )
+def _describe(
+    name: str, layer: AdaptedLinear, adapter: str, values: dict[str, Tensor], known: KnownBase
+) -> dict[str, Any]:
+    formula, basis = layer.formula(adapter), layer.basis(values["S0"].numel())
+    return describe(name, known, basis, formula.factors(basis, formula.named(values)), values, layer.certificate)
 
 
 def _options(model: nn.Module, config: AdapterConfig, save_basis: bool) -> dict[str, Any]:
@@ -118,43 +116,70 @@ def save_adapter(
         name: which of several adapters; None for the active one. The name itself is not in the file.
 
     Raises:
-        ValueError: no adapter, none of that name, NaN or infinite values in it, or a model sharded over processes.
+        ValueError: no adapter, none of that name, NaN or infinite values in it.
+        RuntimeError: the model is sharded over processes (FSDP2, ZeRO 3), and not all of them have called this; or the
+            first of them, which alone writes, could not (docs/distributed.md).
         OSError: the folder cannot be written.
     """
     adapter = state_of(model).active if name is None else name
-    state = state_of(model).of(adapter)
-    layers, method = adapted_layers(model, adapter), FILE_METHODS[state.config.method]
-    refuse_sharded(layers, "saved")
-    tensors: dict[str, Tensor] = {}
+    config = state_of(model).of(adapter).config
+    layers = adapted_layers(model, adapter)
+    parts = [p for layer in layers.values() for p in layer.parameters() if is_sharded(p)]
+    with one_writes(ranks_of(parts[0]) if parts else [], "save_adapter") as writes:
+        found = {module: _whole_values(layer, adapter) for module, layer in layers.items()}
+        known = _known(layers, bool(parts))
+        if writes:
+            if not save_basis and config.tol > 1e-4:
+                warnings.warn(
+                    f"saving without the basis, which was decomposed with tol={config.tol:g}: another machine may "
+                    f"find one that differs by as much, and refuse the adapter; attach with "
+                    f"{type(config).__name__}(tol=1e-4) to be safe",
+                    RuntimeWarning,
+                    stacklevel=2,
+                )
+            _write(model, layers, Path(folder), adapter, save_basis, found, known)
+
+
+def _known(layers: Mapping[str, AdaptedLinear], sharded: bool) -> dict[str, KnownBase]:
+    if sharded:  # one after the other, in the same order on every process
+        return {name: known_base(layer, name) for name, layer in layers.items()}
+    with ThreadPoolExecutor(max(1, torch.get_num_threads())) as pool:  # hashing leaves the interpreter's lock
+        return dict(zip(layers, pool.map(lambda item: known_base(item[1], item[0]), layers.items()), strict=True))
+
+
+def _write(
+    model: nn.Module,
+    layers: Mapping[str, AdaptedLinear],
+    folder: Path,
+    adapter: str,
+    save_basis: bool,
+    found: Mapping[str, dict[str, Tensor]],
+    known: Mapping[str, KnownBase],
+) -> None:
+    config = state_of(model).of(adapter).config
+    method, tensors = FILE_METHODS[config.method], {}
     for module, layer in layers.items():
-        values = _values(layer, adapter)
-        if save_basis:
-            U, V, _ = layer.basis(values["S0"].numel())
-            values |= {"U": U, "V": V}
+        U, V, _ = layer.basis(found[module]["S0"].numel())
+        values = found[module] | ({"U": U, "V": V} if save_basis else {})
         check_finite(module, values)
         for kind, value in values.items():
             tensors[method.key(module, kind)] = value.detach().to("cpu").contiguous()
-    if not save_basis and state.config.tol > 1e-4:
-        warnings.warn(
-            f"saving without the basis, which was decomposed with tol={state.config.tol:g}: another machine may find "
-            f"one that differs by as much, and refuse the adapter; attach with {type(state.config).__name__}(tol=1e-4) "
-            "to be safe",
-            RuntimeWarning,
-            stacklevel=2,
-        )
     with ThreadPoolExecutor(max(1, torch.get_num_threads())) as pool:  # hashing leaves the interpreter's lock
-        modules = list(pool.map(lambda item: _describe(item[0], item[1], adapter), layers.items()))
-    for described in modules:
-        check_describable(described)
+        described = [
+            pool.submit(_describe, name, layer, adapter, found[name], known[name]) for name, layer in layers.items()
+        ]
+        modules = [each.result() for each in described]
+    for entry in modules:
+        check_describable(entry)
     description = Description(
-        Path(folder, CONFIG_FILE),
+        folder / CONFIG_FILE,
         method,
-        _options(model, state.config, save_basis),
+        _options(model, config, save_basis),
         save_basis,
-        {module["name"]: module for module in modules},
+        {entry["name"]: entry for entry in modules},
     )
-    write_adapter(Path(folder), tensors, description.contents(), read_back)
-    keep_card(info_of(Path(folder), description, state.config))
+    write_adapter(folder, tensors, description.contents(), read_back)
+    keep_card(info_of(folder, description, config))
 
 
 # -- load ------------------------------------------------------------------------------------------------------------
@@ -260,12 +285,14 @@ def load_adapter(
         name = DEFAULT
     check_new_name(model, name)
     refuse_if_busy(model)
+    refuse_wrapped(model)
     there = {id(layer.base_layer): layer for layer in all_layers(model).values()}
     adapter = read_adapter(folder)
     description, modules = adapter.description, adapter.description.modules
     config = config_of(description)
     formula = formula_of(config)
     targets = _find_targets(model, modules, config)
+    refuse_late(model, {target.name: target.module for target in targets}, "checked")
     warn_of_fresh(fresh_parts(model), CURE, stacklevel=4)
     check_bases(list(modules.values()), [target.module for target in targets], stacklevel=4)
 
@@ -299,7 +326,9 @@ def load_adapter(
             check_stored(item, layer.basis(), layer.delta_factors(name), saved["S0"])
         else:
             check_rebuilt(item, layer.basis(), layer.delta_factors(name), saved["S0"], config.tol)
+        layer.known = KnownBase.read(item, target.module)
         new.append((target, layer))
+    know_bases({target.name: layer for target, layer in new if layer.known is None})
 
     # All is checked: the model changes from here on.
     for target, layer in joined:

@@ -10,11 +10,11 @@ from torch import Tensor
 
 from osora.files.adapter import load_adapter
 from osora.files.base_folder import BaseFolder
-from osora.files.fingerprint import rounding_unit, weight_digest
 from osora.files.format import DTYPES
 from osora.files.info import SavedModule, adapter_info
 from osora.layers.adapted import AdaptedLinear
 from osora.layers.base_weight import oriented_weight
+from osora.layers.fingerprint import rounding_unit, weight_digest
 from osora.model.state import all_layers
 from osora.svd.plan import rounding_floor
 

@@ -12,6 +12,7 @@ from torch import nn
 from osora.config import AdapterConfig, OsoraConfig
 from osora.layers.adapted import DEFAULT, AdaptedLinear
 from osora.layers.formulas import formula_of
+from osora.layers.known_base import know_bases
 from osora.layers.linears import make_layer
 from osora.layers.quantised import allow_packing, keep_order
 from osora.model.decompose import as_asked, decompose_targets, notes_of
@@ -25,7 +26,7 @@ from osora.model.state import (
     check_new_name,
     forget,
     refuse_if_adapted,
-    refuse_sharded,
+    refuse_late,
     remember,
     state_of,
 )
@@ -128,7 +129,7 @@ def _attach(
     fresh = fresh_parts(model)
     targets = find_targets(model, config, fresh)
     whole = {target.name: target.module for target in targets}
-    refuse_sharded(whole, "decomposed", "attach the adapter before the model is sharded")
+    refuse_late(model, whole, "decomposed")
     for target in targets:
         weight: Any = target.module.weight
         if weight.is_inference() and not serving:
@@ -144,6 +145,7 @@ def _attach(
         target, factors = as_asked(target, factors, config)
         layers.append((target, make_layer(target.module, factors, formula, config.dropout, name)))
     notes = notes_of(target for target, _ in layers)
+    know_bases({target.name: layer for target, layer in layers})
     install(model, layers, name, AdapterState(config, time.perf_counter() - began, notes))
     return model
 

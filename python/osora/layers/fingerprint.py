@@ -63,13 +63,38 @@ def _update(digest: Any, tensor: Tensor) -> None:
         digest.update(part.numpy().data)
 
 
+def probes(name: str, rows: int, columns: int) -> tuple[Tensor, Tensor]:
+    """The sign vectors g [rows, PROBES] and h [columns, PROBES] of a weight's sketch, in float64."""
+    g = torch.stack([_signs(f"{name}|g{i}", rows) for i in range(PROBES)], 1)
+    return g, torch.stack([_signs(f"{name}|h{i}", columns) for i in range(PROBES)], 1)
+
+
+def sketch_of_image(image: Tensor, name: str) -> list[float]:
+    """The sketch of a weight whose products with all h are known: ``W h`` [rows, PROBES] in float64; not rounded."""
+    return [float(_signs(f"{name}|g{i}", image.shape[0]) @ image[:, i]) for i in range(PROBES)]
+
+
 def weight_sketch(weight: Tensor, name: str) -> list[float]:
     """``gᵢᵀ W hᵢ`` for fixed sign vectors g, h: about N(0, ‖W‖_F²) each. In float64: the sums must add no error."""
     h = torch.stack([_signs(f"{name}|h{i}", weight.shape[1]) for i in range(PROBES)], 1)
     rows = max(1, 2**21 // max(1, weight.shape[1]))  # some 16 MB at a time
     parts = [part.to("cpu", torch.float64) @ h for part in weight.detach().split(rows)]
-    image = torch.cat(parts)
-    return [_short(float(_signs(f"{name}|g{i}", weight.shape[0]) @ image[:, i])) for i in range(PROBES)]
+    return [_short(value) for value in sketch_of_image(torch.cat(parts), name)]
+
+
+def checksum(weight: Tensor) -> str:
+    """A number for a weight's bits at the speed of reading them: digest of the integer sums of its rows and columns.
+
+    It tells a weight that was changed by accident; the digest of :func:`weight_digest` also one that was forged.
+    """
+    bits = weight.detach().contiguous()
+    width = next(size for size in (8, 4, 2, 1) if bits.shape[-1] * bits.element_size() % size == 0)
+    width = max(width, bits.element_size())
+    words = bits.view({8: torch.int64, 4: torch.int32, 2: torch.int16, 1: torch.int8}[width])
+    digest = hashlib.sha256(f"{weight.dtype}|{tuple(weight.shape)}".encode())
+    for dim in (0, 1):  # sums of 64 bits that wrap
+        digest.update(words.sum(dim, dtype=torch.int64).cpu().numpy().data)
+    return digest.hexdigest()
 
 
 def factored_sketch(left: Tensor, right: Tensor, name: str) -> list[float]:
