@@ -132,7 +132,7 @@ class AdaptedLinear(KeepsBase):
     @property
     def rank(self) -> int:
         """The active adapter's rank; without one, the basis's."""
-        return int(self.S0.numel() if self.adapter is None else self.s.numel())
+        return self.S0.numel() if self.adapter is None else self.formula(self.adapter).rank(self.deltas(self.adapter))
 
     @property
     def merged(self) -> bool:

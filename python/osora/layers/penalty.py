@@ -172,10 +172,10 @@ class Penalty:
         """
         factors: list[Factor] = self.factors()
         added: list[Factor] = []
-        zeros = {id(inner) for change, _ in factors if (inner := _stepped_by(change)) is not None}
-        elsewhere = bool(zeros) and id(optimizer) not in zeros  # a step of another model
-        for change, start in factors:
-            if id(change) not in held and _is_deepspeeds(change) and not elsewhere:
+        copies = [_steps_a_copy(change, optimizer) for change, _ in factors]
+        known = any(copy is not None for copy in copies)  # by which steps are told from those of other models
+        for (change, start), copy in zip(factors, copies, strict=True):
+            if id(change) not in held and _is_deepspeeds(change) and (copy or not known):
                 self._refuse_deepspeed(change)
             if id(change) not in held or change.grad is None:
                 continue
@@ -209,10 +209,14 @@ def _is_deepspeeds(parameter: nn.Parameter) -> bool:
     return hasattr(parameter, "_hp_mapping") or hasattr(parameter, "ds_id")
 
 
-def _stepped_by(parameter: nn.Parameter) -> Any:
-    """The optimiser within DeepSpeed's that steps copies of it, None where that is not known."""
-    outer = getattr(parameter, "_z3_optimizer", None) or getattr(parameter, "_zero_optimizer", None)
-    return getattr(outer, "optimizer", None)
+def _steps_a_copy(parameter: nn.Parameter, optimizer: Optimizer | None) -> bool | None:
+    """Whether an optimiser steps DeepSpeed's copy of a parameter, None where this process has no part of that copy."""
+    if (outer := getattr(parameter, "_z3_optimizer", None)) is not None:
+        return outer.optimizer is optimizer
+    if optimizer is None or (mapping := getattr(parameter, "_hp_mapping", None)) is None:
+        return None
+    where = mapping.hp_fragment.untyped_storage().data_ptr()
+    return any(p.untyped_storage().data_ptr() == where for group in optimizer.param_groups for p in group["params"])
 
 
 def penalties_in(model: nn.Module) -> list[Penalty]:
