@@ -54,6 +54,7 @@ def engine_of(model: nn.Module, stage: int, persist: int = 0):
         "train_micro_batch_size_per_gpu": 2,
         "gradient_accumulation_steps": ACCUMULATED,
         "zero_optimization": {"stage": stage, "stage3_param_persistence_threshold": persist},
+        "gradient_clipping": 0.0,  # 1 by default
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
     }
