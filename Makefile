@@ -44,7 +44,7 @@ export HF_HOME := $(CURDIR)/build/huggingface
 export MPLCONFIGDIR := $(CURDIR)/build/matplotlib
 export PATH := $(abspath $(VENV))/bin:$(PATH)
 
-.PHONY: demo test prepare unit lint emulation coverage rounding peft-versions torch-versions capabilities torch packages clean
+.PHONY: demo test prepare unit lint emulation coverage rounding peft-versions deepspeed torch-versions capabilities torch packages clean
 .DEFAULT_GOAL := test
 ifndef VERBOSE
 .SILENT:
@@ -128,6 +128,17 @@ peft-versions: $(PEFT_FOLDERS:%=%/.done)
 build/peft-%/.done: $(STAMPS)/test
 	rm -rf $(@D)
 	$(PIP) --no-deps --target $(@D) peft==$*
+	touch $@
+
+# DeepSpeed itself, in a folder of its own: two processes on the CPU. Nothing of it is compiled before it is used.
+DEEPSPEED := build/deepspeed-0.19.8
+
+deepspeed: $(DEEPSPEED)/.done
+	PYTHONPATH=$(CURDIR)/$(DEEPSPEED) $(MAKE) unit PYTEST_ARGS="-m slow -n 0 tests/model/test_deepspeed.py"
+
+$(DEEPSPEED)/.done: $(STAMPS)/test
+	rm -rf $(@D)
+	DS_BUILD_OPS=0 $(PIP) --no-deps --no-build-isolation --target $(@D) deepspeed==$(@D:build/deepspeed-%=%) einops hjson msgpack py-cpuinfo
 	touch $@
 
 # What stands on torch, under another version: operators, layers, torch.compile and torch.export around them, the SVD, the

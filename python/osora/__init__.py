@@ -6,12 +6,14 @@ from osora._load import extension
 from osora.analysis.changes import ChangeRecorder, Changes, WeightChange, weight_change, weight_changes
 from osora.analysis.plots import plot_changes, plot_spectra
 from osora.config import OsoraConfig, SorsaConfig
-from osora.files.adapter import AdapterError, load_adapter, save_adapter
+from osora.files.adapter import save_adapter
 from osora.files.attach import attach
 from osora.files.basis_layer import BasisError
 from osora.files.card import write_card
 from osora.files.export import export_lora
+from osora.files.format import AdapterError
 from osora.files.info import AdapterInfo, SavedModule, adapter_info
+from osora.files.load import load_adapter
 from osora.files.merge import MergedFolder, merge_saved
 from osora.files.resume import checkpoint_adapters, restore_adapter
 from osora.files.verify import ModuleCheck, Verification, verify_adapter

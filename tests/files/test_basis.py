@@ -161,7 +161,7 @@ def test_an_adapter_of_a_few_numbers_finds_its_basis(own, tmp_path, monkeypatch)
     assert block["basis"] == {"fingerprint": BasisFolder(own).fingerprint, "folder": str(own.resolve())}
     assert (tmp_path / "adapter/adapter_model.safetensors").stat().st_size < 9000
 
-    import osora.files.adapter as files
+    import osora.files.load as files
 
     real = files.decompose_targets
     monkeypatch.setattr(files, "decompose_targets", lambda *_, **__: pytest.fail("nothing is to be computed"))

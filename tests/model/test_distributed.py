@@ -194,30 +194,39 @@ def test_an_update_of_1e_4_survives_in_bfloat16(runs):
     assert wish.norm() > 0 and error < 1e-2  # x, U, V, o, s, h, D and y are each rounded once to 8 bits
 
 
-# -- saving ----------------------------------------------------------------------------------------------------------
+# -- what needs a whole weight ---------------------------------------------------------------------------------------
 
 
-def save_sharded(rank: int) -> str:
-    model = sharded(adapted(), None, "block")
+def use_sharded(rank: int) -> dict[str, str]:
     with tempfile.TemporaryDirectory() as folder:
-        try:
-            osora.save_adapter(model, Path(folder, "adapter"))
-        except ValueError as error:
-            return f"{error}; there is now: {list(Path(folder).iterdir())}"
-    return "saved"
+        osora.save_adapter(adapted(), Path(folder, "adapter"))
+        model, said = sharded(adapted(), None, "block"), {}
+        for use, call in {
+            "merged": lambda: osora.merge(model),
+            "exported": lambda: osora.export_lora(model, Path(folder, "lora")),
+            "restored": lambda: osora.restore_adapter(model, Path(folder, "adapter")),
+            "checked": lambda: osora.load_adapter(sharded(tiny_llama(), None, "block"), Path(folder, "adapter")),
+            "decomposed": lambda: osora.add_adapter(model, "b", osora.OsoraConfig(r=5)),
+        }.items():
+            try:
+                call()
+            except ValueError as error:
+                said[use] = f"{error}; there is now: {[path.name for path in Path(folder).iterdir()]}"
+    return said
 
 
-def test_saving_a_sharded_model_is_refused_with_the_cure(runs):
-    for message in runs["save_sharded"]:
-        assert "sharded over processes, and cannot be saved there: load full_tensor() of every entry" in message
-        assert "there is now: []" in message
+@pytest.mark.parametrize("use", ["merged", "exported", "restored", "checked", "decomposed"])
+def test_what_needs_a_whole_weight_is_refused_with_the_cure(runs, use):
+    for said in runs["use_sharded"]:
+        assert f"sharded over processes, and cannot be {use} there: " in said[use]
+        assert "there is now: ['adapter']" in said[use]
 
 
 # -- all of it at once -----------------------------------------------------------------------------------------------
 
 
 def everything(rank: int) -> dict[str, object]:
-    return {task.__name__: task(rank) for task in (train_ddp, train_fsdp, small_update, save_sharded)}
+    return {task.__name__: task(rank) for task in (train_ddp, train_fsdp, small_update, use_sharded)}
 
 
 @pytest.fixture(scope="module")

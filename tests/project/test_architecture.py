@@ -419,7 +419,7 @@ def test_no_big_files():
 
 # What an assert may be for: to tell the type checker what the lines before it have made sure of.
 SURE = {
-    ("files.adapter", "found is not None"),  # a layer without a basis has been decomposed, or read
+    ("files.load", "found is not None"),  # a layer without a basis has been decomposed, or read
     ("files.merge", "len(new) == stored.end - stored.begin"),  # same shape, and the dtype that was read
     ("layers.quantised", "isinstance(weight, Tensor)"),  # of a bitsandbytes layer, by its class
     ("layers.adapted", "self.adapter is not None"),  # it has a materialised weight

@@ -12,7 +12,7 @@ from torch import nn
 
 import osora
 from osora import AdapterError, OsoraConfig, load_adapter
-from osora.files import fingerprint
+from osora.layers import fingerprint
 
 FILES = ["adapter_config.json", "adapter_model.safetensors"]
 both = pytest.mark.parametrize("save_basis", [True, False], ids=["basis", "no basis"])

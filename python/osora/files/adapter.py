@@ -1,17 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Adapters saved from a model, and put on one (docs/format.md).
+"""Adapters saved from a model (docs/format.md).
 
 With its basis an adapter stands alone. Without it, it is what was trained and the singular values, and loading
 decomposes the base weights again; either way the base is checked to be the one the adapter was trained on.
 """
 
 import os
-import time
 import warnings
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,79 +16,45 @@ import torch
 from torch import Tensor, nn
 
 from osora.config import AdapterConfig
-from osora.files.basis import rebuilt_factors
 from osora.files.card import keep_card
 from osora.files.evidence import (
-    check_bases,
     check_describable,
     check_finite,
-    check_rebuilt,
-    check_shared,
-    check_stored,
     describe,
     describe_whole,
 )
-from osora.files.format import CONFIG_FILE, FILE_METHODS, AdapterError, Description, write_adapter
-from osora.files.info import config_of, info_of
+from osora.files.format import CONFIG_FILE, FILE_METHODS, Description, write_adapter
+from osora.files.info import info_of
 from osora.files.readback import read_back
-from osora.files.saved_whole import find_saved_whole, saved_copies
-from osora.files.tensors import SavedAdapter, read_adapter
-from osora.layers.adapted import DEFAULT, AdaptedLinear
-from osora.layers.base_weight import base_weight
-from osora.layers.formulas import formula_of
-from osora.layers.linears import make_layer
-from osora.model.attach import install, install_beside
-from osora.model.decompose import decompose_targets
-from osora.model.fresh import cure_of, fresh_parts, warn_of_fresh
+from osora.layers.adapted import AdaptedLinear
+from osora.layers.known_base import KnownBase, known_base
+from osora.layers.sharded import is_sharded, one_writes, ranks_of, whole
+from osora.layers.whole_module import WholeModule
 from osora.model.state import (
-    AdapterState,
     adapted_layers,
-    all_layers,
-    check_new_name,
-    refuse_if_adapted,
-    refuse_if_busy,
     refuse_sharded,
     state_of,
     trained_whole,
 )
 from osora.model.targets import (
-    Target,
-    base_modules,
-    check_has_values,
-    check_is_linear,
-    check_not_tied,
-    check_not_whole,
     uncompiled,
-    weight_holders,
-    whole_modules,
-    within,
 )
-from osora.model.whole_modules import whole_names
-from osora.svd.arguments import check_max_memory
-from osora.svd.certificate import Decomposition
-
-# -- save ------------------------------------------------------------------------------------------------------------
 
 
-def _values(layer: AdaptedLinear, adapter: str) -> dict[str, Tensor]:
-    """What the adapter trains in the layer, by kind, and S0 of its rank."""
+def _whole_values(layer: AdaptedLinear, adapter: str) -> dict[str, Tensor]:
+    """What the adapter trains in the layer, by kind, and S0 of its rank. Collective where that is sharded."""
     deltas = {
-        kind: tensor.detach().to(layer.S0.dtype)
+        kind: whole(tensor).to(layer.S0.dtype)
         for kind, tensor in zip(layer.formula(adapter).kinds, layer.deltas(adapter), strict=True)
     }
     return deltas | {"S0": layer.basis(deltas["s"].numel())[2]}
 
 
-def _describe(name: str, layer: AdaptedLinear, adapter: str) -> dict[str, Any]:
-    values = _values(layer, adapter)
-    return describe(
-        name,
-        layer.base(),
-        layer.basis(values["S0"].numel()),
-        layer.delta_factors(adapter),
-        values,
-        layer.certificate,
-    )
+def _describe(
+    name: str, layer: AdaptedLinear, adapter: str, values: dict[str, Tensor], known: KnownBase
+) -> dict[str, Any]:
+    formula, basis = layer.formula(adapter), layer.basis(values["S0"].numel())
+    return describe(name, known, basis, formula.factors(basis, formula.named(values)), values, layer.certificate)
 
 
 def _options(model: nn.Module, config: AdapterConfig, save_basis: bool) -> dict[str, Any]:
@@ -128,242 +91,80 @@ def save_adapter(
         name: which of several adapters; None for the active one. The name itself is not in the file.
 
     Raises:
-        ValueError: no adapter, none of that name, NaN or infinite values in it, a model sharded over processes, or a
-            module that it trains whole is in the model no more.
+        ValueError: no adapter, none of that name, NaN or infinite values in it, or a module that it trains whole is in
+            the model no more, or sharded.
+        RuntimeError: the model is sharded over processes (FSDP2, ZeRO 3), and not all of them have called this; or the
+            first of them, which alone writes, could not (docs/distributed.md).
         OSError: the folder cannot be written.
     """
     adapter = state_of(model).active if name is None else name
     state = state_of(model).of(adapter)
-    layers, method = adapted_layers(model, adapter), FILE_METHODS[state.config.method]
+    config, layers = state.config, adapted_layers(model, adapter)
     wholes = trained_whole(model, adapter)
-    refuse_sharded({**layers, **wholes}, "saved")
-    tensors: dict[str, Tensor] = {}
+    refuse_sharded(wholes, "saved")
+    parts = [p for layer in layers.values() for p in layer.parameters() if is_sharded(p)]
+    with one_writes(ranks_of(parts[0]) if parts else [], "save_adapter") as writes:
+        found = {module: _whole_values(layer, adapter) for module, layer in layers.items()}
+        known = _known(layers, bool(parts))
+        if writes:
+            if not save_basis and config.tol > 1e-4 and state.basis is None:
+                warnings.warn(
+                    f"saving without the basis, which was decomposed with tol={config.tol:g}: another machine may "
+                    f"find one that differs by as much, and refuse the adapter; attach with "
+                    f"{type(config).__name__}(tol=1e-4) to be safe",
+                    RuntimeWarning,
+                    stacklevel=2,
+                )
+            _write(model, layers, wholes, Path(folder), adapter, save_basis, found, known)
+
+
+def _known(layers: Mapping[str, AdaptedLinear], sharded: bool) -> dict[str, KnownBase]:
+    if sharded:  # one after the other, in the same order on every process
+        return {name: known_base(layer, name) for name, layer in layers.items()}
+    with ThreadPoolExecutor(max(1, torch.get_num_threads())) as pool:  # hashing leaves the interpreter's lock
+        return dict(zip(layers, pool.map(lambda item: known_base(item[1], item[0]), layers.items()), strict=True))
+
+
+def _write(
+    model: nn.Module,
+    layers: Mapping[str, AdaptedLinear],
+    wholes: Mapping[str, WholeModule],
+    folder: Path,
+    adapter: str,
+    save_basis: bool,
+    found: Mapping[str, dict[str, Tensor]],
+    known: Mapping[str, KnownBase],
+) -> None:
+    state = state_of(model).of(adapter)
+    config = state.config
+    method, tensors = FILE_METHODS[config.method], {}
     for module, layer in layers.items():
-        values = _values(layer, adapter)
-        if save_basis:
-            U, V, _ = layer.basis(values["S0"].numel())
-            values |= {"U": U, "V": V}
+        U, V, _ = layer.basis(found[module]["S0"].numel())
+        values = found[module] | ({"U": U, "V": V} if save_basis else {})
         check_finite(module, values)
         for kind, value in values.items():
             tensors[method.key(module, kind)] = value.detach().to("cpu").contiguous()
-    if not save_basis and state.config.tol > 1e-4 and state.basis is None:
-        warnings.warn(
-            f"saving without the basis, which was decomposed with tol={state.config.tol:g}: another machine may find "
-            f"one that differs by as much, and refuse the adapter; attach with {type(state.config).__name__}(tol=1e-4) "
-            "to be safe",
-            RuntimeWarning,
-            stacklevel=2,
-        )
     with ThreadPoolExecutor(max(1, torch.get_num_threads())) as pool:  # hashing leaves the interpreter's lock
-        modules = list(pool.map(lambda item: _describe(item[0], item[1], adapter), layers.items()))
-    for described in modules:
-        check_describable(described)
-    whole = {where: each.values(adapter) for where, each in wholes.items()}
-    for where, values in whole.items():
+        described = [
+            pool.submit(_describe, name, layer, adapter, found[name], known[name]) for name, layer in layers.items()
+        ]
+        modules = [each.result() for each in described]
+    for entry in modules:
+        check_describable(entry)
+    saved = {where: each.values(adapter) for where, each in wholes.items()}
+    for where, values in saved.items():
         check_finite(where, values)
-    others = {method.other_key(f"{where}.{key}"): t for where, values in whole.items() for key, t in values.items()}
+    others = {method.other_key(f"{where}.{key}"): t for where, values in saved.items() for key, t in values.items()}
     tensors |= {key: tensor.detach().to("cpu", copy=True).contiguous() for key, tensor in others.items()}
     description = Description(
-        Path(folder, CONFIG_FILE),
+        folder / CONFIG_FILE,
         method,
-        _options(model, state.config, save_basis),
+        _options(model, config, save_basis),
         save_basis,
-        {module["name"]: module for module in modules},
+        {entry["name"]: entry for entry in modules},
         others=tuple(sorted(others)),
         basis=state.basis,
-        whole=tuple(describe_whole(where, values) for where, values in whole.items()) or None,
+        whole=tuple(describe_whole(where, values) for where, values in saved.items()) or None,
     )
-    write_adapter(Path(folder), tensors, description.contents(), read_back)
-    keep_card(info_of(Path(folder), description, state.config))
-
-
-# -- load ------------------------------------------------------------------------------------------------------------
-
-
-def _find_module(model: nn.Module, described: Mapping[str, Any], holders: dict[int, set[int]]) -> nn.Module:
-    name = described["name"]
-    try:
-        check_not_whole([name], whole_modules(model))
-    except ValueError as error:
-        raise AdapterError(str(error)) from error
-    try:
-        module = uncompiled(model).get_submodule(name)
-    except AttributeError as error:
-        raise AdapterError(f"the adapter is for {name}, which this model does not have") from error
-    if isinstance(module, AdaptedLinear):
-        module = module.base_layer
-    try:
-        check_is_linear(name, module)
-        check_has_values(name, module)
-        check_not_tied(name, module, holders)
-    except (TypeError, ValueError) as error:
-        raise AdapterError(str(error)) from error
-    shape, wanted = base_weight(module).shape, (described["out_features"], described["in_features"])
-    if shape != wanted:
-        raise AdapterError(f"the adapter's {name} is {list(wanted)}, this model's is {list(shape)}")
-    return module
-
-
-def _find_targets(model: nn.Module, modules: Mapping[str, Mapping[str, Any]], config: AdapterConfig) -> list[Target]:
-    """The saved adapter's modules in this model, in the file's order."""
-    names_of: dict[int, list[str]] = {}
-    for name, module in base_modules(model):
-        names_of.setdefault(id(module), []).append(name)
-    holders = weight_holders(model)
-    targets: list[Target] = []
-    for item in modules.values():
-        module = _find_module(model, item, holders)
-        names = sorted(names_of[id(module)], key=lambda name: name != item["name"])
-        if names[0] != item["name"] or any(module is target.module for target in targets):
-            raise AdapterError(f"{item['name']} is another name of {names[0]} or of a module named before it")
-        targets.append(Target(tuple(names), module, base_weight(module), rank_decomposed(item, config)))
-    return targets
-
-
-def rank_decomposed(described: Mapping[str, Any], config: AdapterConfig) -> int:
-    """The rank of the decomposition that a module's triplets are the first of: the same run gives the same bits."""
-    if config.rank_for_energy is None:
-        return described["rank"]
-    most = min(described["out_features"], described["in_features"])
-    return max(described["rank"], min(config.rank_for(described["name"]), most))
-
-
-def _stored_factors(described: Mapping[str, Any], saved: Mapping[str, Tensor]) -> Decomposition:
-    residuals = torch.full((described["rank"],), float(described["max_residual"]), dtype=torch.float64, device="cpu")
-    return Decomposition(
-        described["name"],
-        saved["U"],
-        saved["S0"],
-        saved["V"],
-        residuals,
-        described["converged"],
-        described["passes"],
-        described["method"],
-    )
-
-
-def _has_basis(layer: AdaptedLinear | None, rank: int) -> bool:
-    return layer is not None and layer.S0.numel() >= rank
-
-
-@torch.inference_mode(False)
-def load_adapter(
-    model: nn.Module,
-    folder: str | os.PathLike[str],
-    *,
-    name: str | None = None,
-    basis: str | os.PathLike[str] | None = None,
-    max_memory: int | None = None,
-    progress: bool | None = None,
-) -> nn.Module:
-    """Put a saved adapter on its base model, in place. If anything is wrong, the model is left as it was.
-
-    With a name it may join adapters that are there. It shares their basis, if that is the one it was trained in, and
-    waits: the active adapter stays what it was (:func:`osora.set_adapter`, :func:`osora.adapters_in_batch`).
-
-    Args:
-        model: the base model the adapter was trained on; another dtype of it is accepted with a warning.
-        folder: what :func:`save_adapter` wrote, or PEFT's ``save_pretrained`` of an adapter of :mod:`osora.peft`.
-        name: what to call it. None is for a model without any, where it is called "default".
-        basis: folder of the basis it came from (osora.attach's ``basis``), for a file without U and V; None looks where
-            the file says, and computes it again where that is gone.
-        max_memory: bytes that computing a basis again may take, as for :func:`osora.attach`.
-        progress: a progress bar while a basis is computed again; by default only on a terminal.
-
-    Returns:
-        ``model`` itself, with the adapter trainable (one that joined others: frozen) and everything else frozen.
-
-    Raises:
-        FileNotFoundError: no adapter in ``folder``.
-        AdapterError: a damaged or foreign file; another base; a basis that cannot be computed again, or is not the
-            one that the model's other adapters share.
-        BasisError: ``basis`` is damaged, or not one of this adapter.
-        ValueError: no name is given and the model has an adapter already; the name is taken; the model is merged; a
-            weight cannot be decomposed within max_memory.
-    """
-    check_max_memory(max_memory)
-    if name is None:
-        refuse_if_adapted(model)
-        name = DEFAULT
-    check_new_name(model, name)
-    refuse_if_busy(model)
-    return _put_on(model, read_adapter(folder), name, basis, max_memory, progress)
-
-
-@torch.inference_mode(False)
-def load_layers(
-    model: nn.Module, adapter: SavedAdapter, *, max_memory: int | None = None, progress: bool | None = None
-) -> nn.Module:
-    """:func:`load_adapter` for a model that has the adapted layers alone, and not the modules trained whole."""
-    check_max_memory(max_memory)
-    return _put_on(model, replace(adapter, whole={}), DEFAULT, None, max_memory, progress)
-
-
-def _put_on(
-    model: nn.Module,
-    adapter: SavedAdapter,
-    name: str,
-    basis: str | os.PathLike[str] | None,
-    max_memory: int | None,
-    progress: bool | None,
-) -> nn.Module:
-    began = time.perf_counter()
-    there = {id(layer.base_layer): layer for layer in all_layers(model).values()}
-    description, modules = adapter.description, adapter.description.modules
-    if basis is not None and description.save_basis:
-        raise ValueError(f"{description.path.parent} has its basis in its file: basis= is for one that has none")
-    config = config_of(description)
-    formula = formula_of(config)
-    targets = _find_targets(model, modules, config)
-    wholes = find_saved_whole(model, adapter)
-    lost = [part for part in fresh_parts(model) if within(part, whole_names(wholes)) is None]
-    warn_of_fresh(lost, cure_of(lost), stacklevel=5)
-    check_bases(list(modules.values()), [target.module for target in targets], stacklevel=5)
-
-    wanting = [t for t in targets if not _has_basis(there.get(id(t.module)), modules[t.name]["rank"])]
-    if description.save_basis:
-        factors = {t.name: _stored_factors(modules[t.name], adapter.tensors[t.name]) for t in wanting}
-    else:
-        compute = partial(
-            decompose_targets, config=config, max_memory=max_memory, unconverged="warn", progress=progress
-        )
-        rebuilt = rebuilt_factors(wanting, adapter.description, config, basis, compute)
-        factors = {
-            target.name: replace(found.leading(modules[target.name]["rank"]), S=adapter.tensors[target.name]["S0"])
-            for target, found in rebuilt
-        }
-
-    new: list[tuple[Target, AdaptedLinear]] = []
-    joined: list[tuple[Target, AdaptedLinear]] = []
-    for target in targets:
-        item, found, saved = modules[target.name], factors.get(target.name), adapter.tensors[target.name]
-        if (layer := there.get(id(target.module))) is not None:
-            shared = layer.basis(item["rank"]) if found is None else layer.widened(found)
-            change = formula.factors(shared, [t.to(shared[2]) for t in formula.named(saved)])
-            check_shared(item, shared, change, saved["S0"], max(config.tol, layer.certificate.max_residual))
-            joined.append((target, layer))
-            continue
-        assert found is not None
-        layer = make_layer(target.module, found, formula, config.dropout, name)
-        with torch.no_grad():
-            layer.S0.copy_(saved["S0"])
-            for parameter, value in zip(layer.deltas(name), formula.named(saved), strict=True):
-                parameter.copy_(value)
-        if description.save_basis:
-            check_stored(item, layer.basis(), layer.delta_factors(name), saved["S0"])
-        else:
-            check_rebuilt(item, layer.basis(), layer.delta_factors(name), saved["S0"], config.tol)
-        new.append((target, layer))
-
-    copies = saved_copies(model, wholes, adapter, name)
-    # All is checked: the model changes from here on.
-    for target, layer in joined:
-        if target.name in factors:
-            layer.widen(factors[target.name])
-        saved = adapter.tensors[target.name]
-        layer.add_adapter(name, formula, {kind: saved[kind] for kind in formula.kinds})
-    put = install_beside if there else install
-    whole = [each.name for each in wholes]
-    state = AdapterState(config, time.perf_counter() - began, whole=whole, basis=description.basis)
-    put(model, new, copies, name, state)
-    return model
+    write_adapter(folder, tensors, description.contents(), read_back)
+    keep_card(info_of(folder, description, config))

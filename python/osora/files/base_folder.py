@@ -17,10 +17,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from osora.files import fingerprint
 from osora.files.format import AdapterError
 from osora.files.info import AdapterInfo, SavedModule
 from osora.files.renamed import Renamed, renamed
+from osora.layers import fingerprint
 
 SINGLE = "model.safetensors"
 INDEX_SUFFIX = ".safetensors.index.json"

@@ -20,9 +20,9 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from osora.files import fingerprint
 from osora.files.format import DTYPES
 from osora.files.whole import finish, sync, temporary_beside, why_unreadable
+from osora.layers import fingerprint
 from osora.layers.formulas import owned
 from osora.reference import accumulate_dtype
 from osora.svd.arguments import METHOD_NAMES

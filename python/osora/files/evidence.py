@@ -14,10 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from osora.files import fingerprint
 from osora.files.format import DTYPES, AdapterError
+from osora.layers import fingerprint
 from osora.layers.base_weight import dense_weight
 from osora.layers.formulas import Basis
+from osora.layers.known_base import KnownBase
 from osora.layers.quantised import kind_of
 from osora.svd.certificate import Certificate
 
@@ -53,7 +54,7 @@ class _Weight:
 
 def describe(
     name: str,
-    base: Base,
+    base: Base | KnownBase,
     basis: Basis,
     delta: tuple[Tensor, Tensor],
     saved: Mapping[str, Tensor],
@@ -63,22 +64,22 @@ def describe(
 
     Args:
         name: the module's.
-        base: its base weight [d, k], or its base layer, which may be quantised.
+        base: its base weight [d, k], or its base layer, which may be quantised; or the fingerprint of either.
         basis: U [d, r], V [k, r], S0 [r] of the adapter.
         delta: ΔW as ``left rightᵀ``.
         saved: the adapter's tensors by kind: those it trains, then S0.
         certificate: of the decomposition.
     """
-    weight, (U, V, S0) = _Weight.of(base), basis
+    (U, V, S0), weight = basis, base if isinstance(base, KnownBase) else KnownBase.of(name, base)
     return {
         "name": name,
         "rank": S0.numel(),
-        "out_features": weight.values.shape[0],
-        "in_features": weight.values.shape[1],
+        "out_features": weight.shape[0],
+        "in_features": weight.shape[1],
         "dtype": str(weight.dtype).removeprefix("torch."),
         **({"quantization": weight.quantization} if weight.quantization else {}),
         "weight_sha256": weight.digest,
-        "weight_sketch": fingerprint.weight_sketch(weight.values, name),
+        "weight_sketch": list(weight.sketch),
         "delta_sketch": fingerprint.factored_sketch(*delta, name),
         "basis_sketch": fingerprint.factored_sketch(U * S0, V, name),
         "values_sha256": fingerprint.tensors_digest(saved, name),

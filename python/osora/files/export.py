@@ -12,10 +12,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from osora.files.adapter import load_layers
 from osora.files.base_folder import BaseFolder
 from osora.files.format import holds_adapter, write_adapter
 from osora.files.info import info_of_saved, stored_changes
+from osora.files.load import load_layers
 from osora.files.lora import Reader, heads_named_by, heads_of, model_options, saved_whole
 from osora.files.tensors import read_adapter
 from osora.layers.adapted import AdaptedLinear

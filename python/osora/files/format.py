@@ -18,8 +18,8 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from osora.files import fingerprint
 from osora.files.whole import finish, temporary_beside, why_unreadable
+from osora.layers import fingerprint
 from osora.model.state import BasisNote
 from osora.reference import FLOATS
 

@@ -9,10 +9,10 @@ from pathlib import Path
 
 import torch
 
-from osora.files.adapter import load_layers
 from osora.files.base_folder import BaseFolder, BaseFolderError, Place
 from osora.files.format import CONFIG_FILE
 from osora.files.info import info_of_saved
+from osora.files.load import load_layers
 from osora.files.put_tensors import check_puttable, put_tensors
 from osora.files.tensors import read_adapter
 from osora.files.whole import new_folder, refuse_unreplaceable, sync

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from osora.files.adapter import load_adapter, save_adapter
+from osora.files.adapter import save_adapter
+from osora.files.load import load_adapter
 from osora.model.adapters import active_adapter, remove_adapter
 from osora.model.state import adapted_layers, has_adapter, refuse_sharded, trained_whole
 

@@ -14,10 +14,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from osora.files import fingerprint
 from osora.files.evidence import describe_whole
 from osora.files.format import BASIS, CONFIG_FILE, TENSOR_FILE, AdapterError, Description, read_description
 from osora.files.whole import why_unreadable
+from osora.layers import fingerprint
 from osora.reference import FLOATS
 
 

@@ -8,14 +8,14 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from osora.files.adapter import load_layers
 from osora.files.base_folder import BaseFolder
-from osora.files.fingerprint import rounding_unit, weight_digest
 from osora.files.format import DTYPES
 from osora.files.info import SavedModule, info_of_saved
+from osora.files.load import load_layers
 from osora.files.tensors import read_adapter
 from osora.layers.adapted import AdaptedLinear
 from osora.layers.base_weight import oriented_weight
+from osora.layers.fingerprint import rounding_unit, weight_digest
 from osora.model.state import all_layers
 from osora.svd.plan import rounding_floor
 

@@ -17,9 +17,10 @@ import torch
 from safetensors import SafetensorError
 
 from osora import build_info
-from osora.files.adapter import load_adapter, save_adapter
+from osora.files.adapter import save_adapter
 from osora.files.attach import attach
 from osora.files.card import write_card
+from osora.files.load import load_adapter
 from osora.files.whole import new_folder, refuse_used, write_json
 from osora.finetuning.data import Example, encode_all, read_jsonl
 from osora.finetuning.listener import Listener

@@ -10,7 +10,6 @@ from pathlib import Path
 from torch import nn
 
 from osora.config import AdapterConfig, OsoraConfig
-from osora.files import fingerprint
 from osora.files.base_folder import BaseFolder
 from osora.files.basis import BasisFolder
 from osora.files.basis_layer import BasisError
@@ -18,6 +17,7 @@ from osora.files.format import DTYPES
 from osora.files.verify import measured
 from osora.initialisation.layers import SourceModel
 from osora.initialisation.tree import snapshot
+from osora.layers import fingerprint
 from osora.layers.base_weight import dense_weight
 
 

@@ -11,7 +11,6 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from osora.files import fingerprint
 from osora.files.basis import BasisLayer, fingerprint_of, write_index
 from osora.files.basis_layer import BasisError, describe_layer, file_name, read_layer, write_layer
 from osora.initialisation.claims import Claims
@@ -19,6 +18,7 @@ from osora.initialisation.layers import SourceLayer
 from osora.initialisation.parts import Part
 from osora.initialisation.request import InitialisationPlan, Request
 from osora.initialisation.schedule import order_for, schedule
+from osora.layers import fingerprint
 from osora.layers.base_weight import dense_weight
 from osora.svd.certificate import Decomposition, Unconverged, report_failure
 from osora.svd.truncated import decompose

@@ -20,6 +20,7 @@ from osora.layers.batch import RowAdapters
 from osora.layers.formulas import Basis, Deltas, Formula, leading, owned
 from osora.layers.kept import KeepsBase, replace_values, uncast
 from osora.layers.materialised import Materialised
+from osora.layers.offloaded import is_offloaded
 from osora.layers.quantised import kind_of
 from osora.layers.read_weight import Place, read_weight
 from osora.layers.together import linear_together
@@ -131,7 +132,7 @@ class AdaptedLinear(KeepsBase):
     @property
     def rank(self) -> int:
         """The active adapter's rank; without one, the basis's."""
-        return int(self.S0.numel() if self.adapter is None else self.s.numel())
+        return self.S0.numel() if self.adapter is None else self.formula(self.adapter).rank(self.deltas(self.adapter))
 
     @property
     def merged(self) -> bool:
@@ -274,6 +275,8 @@ class AdaptedLinear(KeepsBase):
             raise ValueError(f"together=True is the split plan's, got {plan!r}")
         if plan == "materialised" and is_quantised(self.base_layer):
             raise ValueError("the materialised plan needs a base that is not quantised: leave it on the split plan")
+        if plan == "materialised" and is_offloaded(self.base_layer):
+            raise ValueError("the materialised plan needs a base that is not offloaded: leave it on the split plan")
         if plan == "materialised" and self.adapter is not None and not self._can_materialise():
             raise ValueError(
                 f"the materialised plan is for OSoRA with O from 1 on the output side, and {self.adapter!r} is "

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from osora.layers.offloaded import brought, execution_device, is_offloaded
 from osora.layers.quantised import AsItWas, kind_of
 
 
@@ -57,13 +58,21 @@ def base_weight(module: Any) -> BaseWeight:
     """What the weight is; cheap."""
     if (kind := kind_of(module)) is not None:
         return BaseWeight(kind.shape(module), kind.dtype(module), torch.float32, module.weight.device, quantised=True)
-    weight = oriented_weight(module)
-    d, k = weight.shape
-    return BaseWeight((d, k), weight.dtype, weight.dtype, weight.device)
+    weight = module.weight
+    # where attach learns of shapes; a parameter that ZeRO 3 has partitioned is empty outside of its layer
+    d, k = getattr(weight, "ds_shape", None) or oriented_weight(module).shape
+    if hasattr(weight, "ds_shape") and is_conv1d(module):
+        d, k = k, d
+    return BaseWeight((d, k), weight.dtype, weight.dtype, execution_device(module))
 
 
 def dense_weight(module: Any) -> Tensor:
-    """[out_features, in_features]: the weight itself; of a quantised one what it stands for, a new tensor."""
+    """[out_features, in_features]: the weight itself; of a quantised one what it stands for, a new tensor.
+
+    Of a weight that accelerate has offloaded, a copy where it is computed with.
+    """
+    if is_offloaded(module):
+        return brought(module, dense_weight)
     kind = kind_of(module)
     return oriented_weight(module) if kind is None else kind.dense(module)
 

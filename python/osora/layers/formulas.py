@@ -64,7 +64,8 @@ class Formula(ABC):
 
     def rank(self, deltas: Deltas) -> int:
         """The rank of the basis that these deltas belong to."""
-        return deltas[self.kinds.index("s")].numel()
+        s = deltas[self.kinds.index("s")]
+        return s.numel() or getattr(s, "ds_numel", 0)  # ZeRO 3 leaves none of it outside of its layer
 
     def named(self, deltas: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
         """Deltas by name in their order."""

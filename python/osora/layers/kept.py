@@ -8,6 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from osora.layers.base_weight import is_conv1d, is_quantised
+from osora.layers.known_base import KnownBase
+from osora.layers.offloaded import is_offloaded
 from osora.layers.quantised import AsItWas, Kept, kind_of, restore
 
 
@@ -16,6 +18,7 @@ class KeepsBase(nn.Module):
 
     base_layer: nn.Module
     base_kept: list[Kept]  # one while the layer is merged
+    known: KnownBase | None = None  # the base weight's fingerprint, once it was taken
 
     def base(self) -> Any:
         """The base layer or, while a merged weight is in it, what it was, for whoever reads a base weight."""
@@ -30,6 +33,11 @@ class KeepsBase(nn.Module):
             )
 
     def _own_weight(self) -> nn.Parameter:
+        if is_offloaded(self.base_layer):
+            raise ValueError(
+                "accelerate has offloaded the base weight, and would take a merged one away with it: merge on disk "
+                "(osora.merge_saved), or load the model without offloading"
+            )
         own = self.base_kept[0].weight if self.base_kept else self.base_layer.weight
         if isinstance(own, Tensor) and not isinstance(own, nn.Parameter):
             raise ValueError(

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 from osora.config import REGULARIZERS
+from osora.layers.sharded import with_gradient
 
 Factor = tuple[nn.Parameter, Tensor]  # its trained change and its frozen start, both [m, r]
 
@@ -44,7 +45,8 @@ def _excess(change: Tensor, start: Tensor) -> tuple[Tensor, Tensor]:
     if change.shape != start.shape:
         raise RuntimeError(
             f"a SORSA factor has shape {list(change.shape)} and its start {list(start.shape)}: something has flattened "
-            "the model's parameters (FSDP1, DeepSpeed ZeRO 3); osora knows FSDP2 and DDP"
+            "the model's parameters (FSDP1, or ZeRO 3 without its DeepSpeed); osora knows FSDP2 and DDP, and DeepSpeed "
+            "with osora.orthonormality(model) in the loss"
         )
     change = _whole(change)
     Q = _whole(start).to(change.dtype) + change
@@ -52,7 +54,12 @@ def _excess(change: Tensor, start: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def deviation(change: Tensor, start: Tensor, regularizer: str) -> Tensor:
-    """``‖QᵀQ − I‖_F`` for "paper", its square for "squared", of ``Q = start + change`` [m, r]. Differentiable."""
+    """``‖QᵀQ − I‖_F`` for "paper", its square for "squared", of ``Q = start + change`` [m, r]. Differentiable.
+
+    Of a parameter that ZeRO 3 has partitioned it is collective, and differentiable once.
+    """
+    if hasattr(change, "ds_id"):
+        return with_gradient(_PartitionedDeviation.apply, change, start, regularizer)  # type: ignore[arg-type]
     _, excess = _excess(change, start)
     return torch.linalg.vector_norm(excess) if regularizer == "paper" else excess.square().sum()
 
@@ -68,6 +75,22 @@ def deviation_gradient(change: Tensor, start: Tensor, regularizer: str) -> Tenso
         return 4 * Q @ excess
     norm = torch.linalg.vector_norm(excess)
     return 2 * Q @ (excess / torch.where(norm > 0, norm, 1))
+
+
+class _PartitionedDeviation(torch.autograd.Function):
+    """:func:`deviation` of a parameter that is whole now and will not be in the backward: its gradient is kept."""
+
+    @staticmethod
+    def forward(ctx: Any, change: Tensor, start: Tensor, regularizer: str) -> Tensor:
+        _, excess = _excess(change, start)
+        ctx.save_for_backward(deviation_gradient(change, start, regularizer))
+        return torch.linalg.vector_norm(excess) if regularizer == "paper" else excess.square().sum()
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+        (gradient,) = ctx.saved_tensors
+        return grad * gradient, None, None
 
 
 def _placed_like(gradient: Tensor, parameter: Tensor) -> Tensor:
@@ -140,15 +163,19 @@ class Penalty:
         values = [deviation(change, start, self.regularizer) for change, start in some]
         return torch.stack([value.to(values[0].device) for value in values]).sum() / len(self.factors())
 
-    def add_gradient(self, held: set[int], scale: Tensor | float, nested: bool) -> list[Factor]:
+    def add_gradient(
+        self, held: set[int], scale: Tensor | float, nested: bool, optimizer: Optimizer | None = None
+    ) -> list[Factor]:
         """Add the gradient to ``.grad`` of the factors that an optimiser holds, unless it is there already.
 
         Returns the factors that got it.
         """
         factors: list[Factor] = self.factors()
         added: list[Factor] = []
-        for change, start in factors:
-            if id(change) not in held and _is_deepspeeds(change):
+        copies = [_steps_a_copy(change, optimizer) for change, _ in factors]
+        known = any(copy is not None for copy in copies)  # by which steps are told from those of other models
+        for (change, start), copy in zip(factors, copies, strict=True):
+            if id(change) not in held and _is_deepspeeds(change) and (copy or not known):
                 self._refuse_deepspeed(change)
             if id(change) not in held or change.grad is None:
                 continue
@@ -168,7 +195,7 @@ class Penalty:
             return
         raise RuntimeError(
             f"DeepSpeed's ZeRO steps copies of the parameters that SORSA's penalty of {self.adapter!r} is for, and "
-            "would drop it: add osora.orthonormality(model) to the loss (ZeRO 1 and 2), train by FSDP2 or DDP, or set "
+            "would drop it: add osora.orthonormality(model) to the loss, train by FSDP2 or DDP, or set "
             "gamma=0"
         )
 
@@ -180,6 +207,16 @@ class Penalty:
 def _is_deepspeeds(parameter: nn.Parameter) -> bool:
     """Whether ZeRO (1 and 2, or 3) has made a partition of it that its optimiser steps instead."""
     return hasattr(parameter, "_hp_mapping") or hasattr(parameter, "ds_id")
+
+
+def _steps_a_copy(parameter: nn.Parameter, optimizer: Optimizer | None) -> bool | None:
+    """Whether an optimiser steps DeepSpeed's copy of a parameter, None where this process has no part of that copy."""
+    if (outer := getattr(parameter, "_z3_optimizer", None)) is not None:
+        return outer.optimizer is optimizer
+    if optimizer is None or (mapping := getattr(parameter, "_hp_mapping", None)) is None:
+        return None
+    where = mapping.hp_fragment.untyped_storage().data_ptr()
+    return any(p.untyped_storage().data_ptr() == where for group in optimizer.param_groups for p in group["params"])
 
 
 def penalties_in(model: nn.Module) -> list[Penalty]:
@@ -238,7 +275,7 @@ def _add_gradients(optimizer: Optimizer, nested: bool) -> list[tuple[Penalty, li
     held = {id(p) for group in optimizer.param_groups for p in group["params"]}
     # a fused optimiser under GradScaler gets gradients that are still scaled, and this number to divide them by
     scale = getattr(optimizer, "grad_scale", None)
-    return [(each, each.add_gradient(held, 1.0 if scale is None else scale, nested)) for each in _in_order()]
+    return [(each, each.add_gradient(held, 1.0 if scale is None else scale, nested, optimizer)) for each in _in_order()]
 
 
 def _before_step(optimizer: Optimizer, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:

@@ -28,9 +28,11 @@ from osora.model.state import (
     all_layers,
     check_new_name,
     refuse_if_busy,
+    refuse_late,
+    refuse_sharded,
     state_of,
 )
-from osora.model.targets import Target, find_targets, whole_modules
+from osora.model.targets import Target, find_targets, refuse_wrapped, whole_modules
 from osora.model.whole_modules import find_whole, whole_names
 from osora.svd.certificate import Unconverged
 
@@ -59,13 +61,16 @@ def set_adapter(model: nn.Module, name: str) -> nn.Module:
         ``model`` itself.
 
     Raises:
-        ValueError: no adapter of that name; the model is merged, or within :func:`adapters_in_batch`.
+        ValueError: no adapter of that name; the model is merged, within :func:`adapters_in_batch`, or sharded or in
+            DistributedDataParallel, which knows the adapter that was active then.
     """
     state = state_of(model)
     adapter = state.of(name)
     refuse_if_busy(model)
     if name == state.active:
         return model
+    refuse_wrapped(model)
+    refuse_sharded(all_layers(model), "given another adapter", "choose the adapter before the model is sharded")
     trainable = any(parameter.requires_grad for parameter in adapter_parameters(model))
     for parameter in adapter_parameters(model):
         parameter.requires_grad_(False)
@@ -167,6 +172,8 @@ def add_adapter(
     state = state_of(model)
     check_new_name(model, name)
     refuse_if_busy(model)
+    refuse_wrapped(model)
+    refuse_late(model, {module: layer.base_layer for module, layer in all_layers(model).items()}, "decomposed")
     began = time.perf_counter()
     new: list[tuple[Target, AdaptedLinear]] = []
     notes: dict[str, str] = {}

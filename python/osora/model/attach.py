@@ -11,6 +11,7 @@ from torch import nn
 from osora.config import AdapterConfig
 from osora.layers.adapted import AdaptedLinear
 from osora.layers.formulas import formula_of
+from osora.layers.known_base import know_bases
 from osora.layers.linears import make_layer
 from osora.layers.quantised import allow_packing, keep_order
 from osora.layers.whole_module import WholeModule
@@ -26,7 +27,7 @@ from osora.model.state import (
     check_new_name,
     forget,
     refuse_if_adapted,
-    refuse_sharded,
+    refuse_late,
     remember,
     state_of,
 )
@@ -106,7 +107,7 @@ def attach_from(
         names = whole_names(wholes)
         targets = find_targets(model, config, fresh, names)
         modules = {t.name: t.module for t in targets} | {w.name: w.module for w in wholes}
-        refuse_sharded(modules, "decomposed", "attach the adapter before the model is sharded")
+        refuse_late(model, modules, "decomposed")
         for where, module in modules.items():
             for key, weight in module.named_parameters():
                 if weight.is_inference() and not serving:
@@ -121,6 +122,7 @@ def attach_from(
             target, factors = as_asked(target, factors, config)
             layers.append((target, make_layer(target.module, factors, formula, config.dropout, name)))
         notes = notes_of(target for target, _ in layers)
+        know_bases({target.name: layer for target, layer in layers})
         copies, trained = [whole.placed(None, name) for whole in wholes], [whole.name for whole in wholes]
         state = AdapterState(config, time.perf_counter() - began, notes, trained, basis=basis)
         install(model, layers, copies, name, state)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from osora.config import AdapterConfig
-from osora.layers.base_weight import dense_weight, oriented_weight
+from osora.layers.base_weight import dense_weight
 from osora.model.lanes import Lane, card_lanes, lanes_and_memory, side_by_side
 from osora.model.targets import Target
 from osora.reference import accumulate_dtype
@@ -120,7 +120,7 @@ def decompose_targets(
     check_unconverged(unconverged)
     for target in targets:  # all of them before any work
         if not target.weight.quantised:
-            check_matrix(oriented_weight(target.module), f"{target.name}.weight")
+            check_matrix(dense_weight(target.module), f"{target.name}.weight")
         if max_memory is not None:
             check_fits(target, max_memory)
     columns = (TextColumn("[bold]{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())

@@ -6,12 +6,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 
 from osora.config import AdapterConfig, SorsaConfig
 from osora.layers import AdaptedLinear
 from osora.layers.first_step import watch_first_step
 from osora.layers.penalty import Penalty
 from osora.layers.read_weight import Place, Readers
+from osora.layers.sharded import is_sharded
 from osora.layers.whole_module import WholeModule
 from osora.model.targets import refuse_wrapped, uncompiled, whole_modules
 
@@ -147,11 +149,34 @@ _GATHER = (
 )
 
 
+def refuse_late(model: nn.Module, layers: Mapping[str, nn.Module], wish: str) -> None:
+    """Raise ValueError where an adapter comes too late, since no process has a whole weight of these layers any more.
+
+    ``wish`` is what cannot be done with the weights.
+    """
+    cure = "attach the adapter before the model is sharded"
+    for layer in layers.values():
+        weight = layer._parameters.get("weight")
+        if hasattr(weight, "ds_id"):
+            cure += (
+                " (a model that from_pretrained makes within the life of transformers' HfDeepSpeedConfig for ZeRO 3 "
+                "never is whole: load and adapt it before that object, and Trainer's arguments, are made)"
+            )
+            break
+        if hasattr(weight, "full_tensor") and not any(isinstance(module, FSDPModule) for module in model.modules()):
+            cure = (
+                "its weight is split by a tensor parallel plan, and osora does not split adapters: load the model "
+                "without tp_plan, and train it by FSDP2 or DDP"
+            )
+            break
+    refuse_sharded(layers, wish, cure)
+
+
 def refuse_sharded(layers: Mapping[str, nn.Module], wish: str, cure: str = _GATHER) -> None:
     """Raise ValueError where no process has a whole tensor of these layers, so that they cannot be "saved", say."""
     for module, layer in layers.items():
         for key, tensor in layer.named_parameters():
-            if hasattr(tensor, "full_tensor") or hasattr(tensor, "ds_id"):  # FSDP2's DTensor; under DeepSpeed's ZeRO 3
+            if is_sharded(tensor):
                 raise ValueError(f"{module}.{key} is sharded over processes, and cannot be {wish} there: {cure}")
 
 

@@ -162,7 +162,7 @@ def uncompiled(model: nn.Module) -> nn.Module:
         if type(model).__name__ == "FullyShardedDataParallel":
             raise TypeError(
                 "this is a FullyShardedDataParallel, which flattens parameters: osora works with FSDP2 "
-                "(torch.distributed.fsdp.fully_shard), attached before or after it"
+                "(torch.distributed.fsdp.fully_shard) that comes after attach"
             )
         inside = model._modules.get("_orig_mod")
         if isinstance(model, _WRAPPERS):
@@ -183,7 +183,7 @@ def refuse_wrapped(model: nn.Module) -> None:
         raise ValueError(
             f"this is a {type(model).__name__}, which knows the parameters it was made with: an adapter that came now "
             f"would not be {'reduced' if 'Data' in type(model).__name__ else 'averaged'}. Give model.module its "
-            f"adapter, and make the {type(model).__name__} after it"
+            f"adapter, or make another of its adapters the active one, and make the {type(model).__name__} after it"
         )
 
 

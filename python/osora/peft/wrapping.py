@@ -8,6 +8,7 @@ from typing import Any
 
 from peft import MODEL_TYPE_TO_PEFT_MODEL_MAPPING, PeftModel
 
+from osora.model.targets import refuse_wrapped
 from osora.peft.config import AdapterConfig
 from osora.peft.model import AdapterModel
 from osora.peft.rollback import Before
@@ -25,6 +26,7 @@ def _all_or_nothing(made: Callable[..., None]) -> Callable[..., None]:
         around, model, config = (given.arguments[name] for name in ("self", "model", "peft_config"))
         if not isinstance(config, AdapterConfig):
             return made(*args, **kwargs)
+        refuse_wrapped(model)
         before, whole = Before(model, biases=False), config.modules_to_save
         whole = None if whole is None else list(whole)
         try:

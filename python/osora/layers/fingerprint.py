@@ -63,38 +63,57 @@ def _update(digest: Any, tensor: Tensor) -> None:
         digest.update(part.numpy().data)
 
 
-def _sketched(image: Tensor, name: str) -> list[float]:
-    """``gᵢᵀ (W hᵢ)`` of the columns of an image [d, PROBES]."""
-    return [_short(float(_signs(f"{name}|g{i}", len(image)) @ image[:, i].double())) for i in range(PROBES)]
+def probes(name: str, rows: int, columns: int) -> tuple[Tensor, Tensor]:
+    """The sign vectors g [rows, PROBES] and h [columns, PROBES] of a weight's sketch, in float64."""
+    g = torch.stack([_signs(f"{name}|g{i}", rows) for i in range(PROBES)], 1)
+    return g, torch.stack([_signs(f"{name}|h{i}", columns) for i in range(PROBES)], 1)
 
 
-def _columns(weight: Tensor, name: str) -> Tensor:
-    """The vectors h [k, PROBES], in the dtype that W is multiplied in.
+def sketch_of_image(image: Tensor, name: str) -> list[float]:
+    """The sketch of a weight whose products with all h are known: ``W h`` [rows, PROBES] in float64; not rounded."""
+    return [float(_signs(f"{name}|g{i}", image.shape[0]) @ image[:, i]) for i in range(PROBES)]
 
-    Float32 is enough for a 16-bit weight, whose sketch is never held to less than its rounding; else the sums must add
-    no error.
-    """
-    h = torch.stack([_signs(f"{name}|h{i}", weight.shape[1]) for i in range(PROBES)], 1)
-    return h.float() if weight.dtype.itemsize == 2 else h
+
+_IN_CACHE = 2**16  # entries: a piece of a weight, in float32 and float64, that stays in a core's second cache
+
+
+def _short_sketch(image: Tensor, name: str) -> list[float]:
+    return [_short(value) for value in sketch_of_image(image, name)]
 
 
 def weight_sketch(weight: Tensor, name: str) -> list[float]:
-    """``gᵢᵀ W hᵢ`` for fixed sign vectors g, h: about N(0, ‖W‖_F²) each."""
-    h = _columns(weight, name)
-    rows = max(1, 2**21 // max(1, weight.shape[1]))  # some 16 MB at a time
-    return _sketched(torch.cat([part.to("cpu", h.dtype) @ h for part in weight.detach().split(rows)]), name)
+    """``gᵢᵀ W hᵢ`` for fixed sign vectors g, h: about N(0, ‖W‖_F²) each. In float64: the sums must add no error."""
+    h = torch.stack([_signs(f"{name}|h{i}", weight.shape[1]) for i in range(PROBES)], 1)
+    rows = max(1, _IN_CACHE // max(1, weight.shape[1]))
+    parts = [part.to("cpu", torch.float64) @ h for part in weight.detach().split(rows)]
+    return _short_sketch(torch.cat(parts), name)
 
 
 def weight_evidence(weight: Tensor, name: str) -> tuple[str, list[float]]:
-    """:func:`weight_digest` and :func:`weight_sketch` of a matrix, which is read once for both if it has 16 bits."""
-    if weight.dtype.itemsize != 2:
+    """:func:`weight_digest` and :func:`weight_sketch` of a matrix, which is read once for both."""
+    if weight.dtype == torch.float64:
         return weight_digest(weight), weight_sketch(weight, name)
-    digest, h, image = hashlib.sha256(), _columns(weight, name), []
-    for part in weight.detach().split(max(1, 2**21 // max(1, weight.shape[1]))):
+    digest, (_, h), image = hashlib.sha256(), probes(name, *weight.shape), []
+    for part in weight.detach().split(max(1, _IN_CACHE // max(1, weight.shape[1]))):
         exact = part.to("cpu", torch.float32).contiguous()
         digest.update(exact.numpy().data)
-        image.append(exact @ h)
-    return digest.hexdigest(), _sketched(torch.cat(image), name)
+        image.append(exact.double() @ h)
+    return digest.hexdigest(), _short_sketch(torch.cat(image), name)
+
+
+def checksum(weight: Tensor) -> str:
+    """A number for a weight's bits at the speed of reading them: digest of the integer sums of its rows and columns.
+
+    It tells a weight that was changed by accident; the digest of :func:`weight_digest` also one that was forged.
+    """
+    bits = weight.detach().contiguous()
+    width = next(size for size in (8, 4, 2, 1) if bits.shape[-1] * bits.element_size() % size == 0)
+    width = max(width, bits.element_size())
+    words = bits.view({8: torch.int64, 4: torch.int32, 2: torch.int16, 1: torch.int8}[width])
+    digest = hashlib.sha256(f"{weight.dtype}|{tuple(weight.shape)}".encode())
+    for dim in (0, 1):  # sums of 64 bits that wrap
+        digest.update(words.sum(dim, dtype=torch.int64).cpu().numpy().data)
+    return digest.hexdigest()
 
 
 def factored_sketch(left: Tensor, right: Tensor, name: str) -> list[float]:
