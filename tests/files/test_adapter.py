@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 import osora
 from osora import OsoraConfig, adapted_layers, load_adapter, save_adapter
-from osora.files import adapter as checkpoint
+from osora.files import load as checkpoint
 
 
 def state(model: nn.Module) -> dict[str, Tensor]:

@@ -40,7 +40,7 @@ FAMILIES: dict[str, tuple[str, dict[str, Any], list[str]]] = {  # family -> end 
     "DistilBert": (SEQUENCE, DISTIL, ["classifier", "pre_classifier"]),
     "DebertaV2": (SEQUENCE, {}, ["classifier", "pooler"]),
     "ModernBert": (SEQUENCE, {}, ["head", "classifier"]),
-    "XLMRoberta": ("ForQuestionAnswering", {}, ["qa_outputs"]),
+    "XLMRoberta": ("ForQuestionAnswering", {"num_labels": 2}, ["qa_outputs"]),
     "Bart": (SEQUENCE, BART | HEADS, ["classification_head"]),
     "T5": (SEQUENCE, T5 | {"eos_token_id": 2}, ["classification_head"]),
     "Llama": (SEQUENCE, {}, ["score"]),

@@ -286,7 +286,6 @@ def test_what_no_process_has_whole_is_refused_before_any_work(process_group, tmp
     torch.testing.assert_close(model(X), y)
     model.reshard()  # the root keeps what its forward has gathered
     for wish, call in (
-        ("saved", lambda: osora.save_adapter(model, tmp_path / "other")),
         ("merged", lambda: osora.merge(model)),
         ("exported", lambda: osora.export_lora(model, tmp_path / "lora")),
         ("restored", lambda: osora.restore_adapter(model, tmp_path / "adapter")),

@@ -206,7 +206,7 @@ def count(monkeypatch, name: str) -> list[str]:
 
 def test_a_weight_is_hashed_once(tmp_path, monkeypatch):
     model = adapted("llama", "osora")
-    hashed = count(monkeypatch, "weight_digest")
+    hashed = count(monkeypatch, "weight_evidence")
     osora.save_adapter(model, tmp_path / "first")
     assert len(hashed) == len(adapted_layers(model))
     osora.save_adapter(model, tmp_path / "second")
@@ -220,7 +220,7 @@ def test_a_weight_is_hashed_once(tmp_path, monkeypatch):
 def test_a_loaded_adapter_knows_its_base(tmp_path, monkeypatch):
     osora.save_adapter(adapted("llama", "sorsa"), tmp_path / "first")
     model = osora.load_adapter(tiny_llama(), tmp_path / "first")
-    hashed, sketched = count(monkeypatch, "weight_digest"), count(monkeypatch, "weight_sketch")
+    hashed, sketched = count(monkeypatch, "weight_digest"), count(monkeypatch, "weight_evidence")
     osora.save_adapter(model, tmp_path / "second")
     assert hashed == sketched == []
     assert adapter_info(tmp_path / "first").modules == adapter_info(tmp_path / "second").modules

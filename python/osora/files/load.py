@@ -46,6 +46,7 @@ from osora.model.targets import (
     check_is_linear,
     check_not_tied,
     check_not_whole,
+    refuse_wrapped,
     uncompiled,
     weight_holders,
     whole_modules,
@@ -163,6 +164,7 @@ def load_adapter(
         name = DEFAULT
     check_new_name(model, name)
     refuse_if_busy(model)
+    refuse_wrapped(model)
     return _put_on(model, read_adapter(folder), name, basis, max_memory, progress)
 
 
