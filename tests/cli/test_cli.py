@@ -39,7 +39,7 @@ def folders(tmp_path) -> Path:
 
 def test_help_teaches():
     top = osora_says("--help")
-    for command in ("info", "verify", "merge", "export-lora", "train", "card"):
+    for command in ("info", "verify", "merge", "export-lora", "init", "train", "card"):
         assert command in top
         text = osora_says(command, "--help")
         assert "Examples" in text and f"osora {command}" in text, command
@@ -323,3 +323,43 @@ def test_the_commands_of_the_document_run(folders, monkeypatch):
     for words in commands:
         assert words[0] == "osora"
         osora_says(*words[1:])
+
+
+def test_init(folders):
+    plan = osora_json("init", folders / "base", folders / "basis", "--r", "6", "--dry-run")
+    assert len(plan["layers"]) == 14 and plan["seconds"] > 0 and not (folders / "basis").exists()
+    assert "14 layers" in osora_says("init", folders / "base", folders / "basis", "--dry-run")
+    said = osora_says("init", folders / "base", folders / "basis", "--r", "6", "--rank-pattern", "v_proj=3")
+    assert "14 layers decomposed, 0 that were there checked, of 14" in said
+    again = osora_json("init", folders / "base", folders / "basis", "--r", "6", "--rank-pattern", "v_proj=3")
+    assert again["kept"] == 14 and again["computed"] == []
+    checked = osora_json("init", folders / "base", folders / "basis", "--check", "--sample", "3")
+    assert checked["ok"] and len(checked["measured"]) == 3 and checked["fingerprint"] == again["fingerprint"]
+    config = osora.OsoraConfig(r=6, rank_pattern={"v_proj": 3})
+    model = osora.attach(tiny_llama(), config, basis=folders / "basis")
+    assert {layer.rank for layer in osora.adapted_layers(model).values()} == {3, 6}
+    some = osora_json("init", folders / "base", folders / "some", "--target-modules", r".*\.0\.mlp\..*proj", "--r", "2")
+    assert some["layers"] == 3
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "match"),
+    [
+        (["--r", "5"], 1, "rank 6 there, 5 asked for"),
+        (["--r", "6", "--part", "9/8"], 2, 'part must be as "3/8"'),
+        (["--r", "6", "--dtype", "int8"], 2, "dtype must be"),
+        (["--rank-pattern", "v_proj"], 2, "NAME=RANK"),
+        (["--r", "6", "--target-modules", "nothing"], 2, "no module matches"),
+    ],
+)
+def test_init_refuses(folders, words, code, match, capsys):
+    assert run(["init", str(folders / "base"), str(folders / "basis"), "--r", "6"]) == 0
+    assert run(["init", str(folders / "base"), str(folders / "basis"), *words]) == code
+    assert match in " ".join(capsys.readouterr().err.split())
+
+
+def test_init_of_what_is_no_checkpoint(folders, capsys):
+    assert run(["init", str(folders / "none"), str(folders / "basis")]) == 2
+    assert run(["init", str(folders / "adapter"), str(folders / "basis")]) == 2
+    assert run(["init", str(folders / "base"), str(folders / "basis"), "--check"]) == 2
+    assert "no basis here" in " ".join(capsys.readouterr().err.split())
