@@ -18,7 +18,6 @@ import osora.peft  # noqa: E402
 from osora.files.basis import BasisFolder  # noqa: E402
 from osora.peft import filling  # noqa: E402
 
-
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")  # transformers' own, through PEFT
 
 

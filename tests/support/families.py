@@ -107,6 +107,7 @@ _JAMBA = {
     "mamba_d_state": 4,
     "mamba_dt_rank": 4,
 }
+_LLAMA4 = {"intermediate_size_mlp": 48, "head_dim": 8, "num_local_experts": 4, "num_experts_per_tok": 1}
 _MOBILE = {"embedding_size": 16, "intra_bottleneck_size": 16}
 
 FAMILIES: dict[str, Family] = {
@@ -143,6 +144,8 @@ FAMILIES: dict[str, Family] = {
     "FalconMamba": _causal("FalconMamba", **_STATES),
     "Jamba": _causal("Jamba", **GROUPED, **_JAMBA),
     "Rwkv": _causal("Rwkv", attention_hidden_size=32, rescale_every=2, context_length=32, tie_word_embeddings=False),
+    "Falcon": _causal("Falcon", bias=True),
+    "Llama4": _made("Llama4ForCausalLM", "Llama4TextConfig", COMMON | GROUPED | _LLAMA4, lambda m: m(IDS).logits),
     "Bert": _encoder("Bert"),
     "Roberta": _encoder("Roberta"),
     "DistilBert": _encoder("DistilBert", dim=32, hidden_dim=48, n_layers=2, n_heads=4),

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from osora.layers.offloaded import brought, execution_device, is_offloaded
 from osora.layers.quantised import AsItWas, kind_of
+from osora.layers.subclasses import has_own_forward
 
 
 class BaseWeight(NamedTuple):
@@ -78,11 +79,12 @@ def dense_weight(module: Any) -> Tensor:
 
 
 def has_hooks(module: nn.Module) -> bool:
-    """Whether calling the module does more than its product: hooks, or a layer around it, such as PEFT's LoRA."""
+    """Whether it is to be called: hooks, a forward of its own, or a layer around it, such as PEFT's LoRA."""
     hooked: Any = (
         module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
     )
-    return bool(hooked) or "forward" in module.__dict__ or "base_layer" in module._modules
+    own = "forward" in module.__dict__ or has_own_forward(module)
+    return bool(hooked) or own or "base_layer" in module._modules
 
 
 def has_global_hooks() -> bool:

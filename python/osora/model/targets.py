@@ -17,6 +17,7 @@ from osora.config import ALL_LINEAR, AdapterConfig
 from osora.layers.adapted import AdaptedLinear
 from osora.layers.base_weight import BaseWeight, base_weight, is_conv1d
 from osora.layers.quantised import kind_of, refuse_unsupported, unsupported
+from osora.layers.subclasses import is_linear_subclass
 from osora.layers.whole_module import WholeModule
 
 log = logging.getLogger("osora")
@@ -59,7 +60,18 @@ def layer_index(name: str) -> int | None:
 
 
 def _is_linear(module: nn.Module) -> bool:
-    return type(module) is nn.Linear or is_conv1d(module) or kind_of(module) is not None
+    plain = type(module) is nn.Linear or is_linear_subclass(module)
+    return plain or is_conv1d(module) or kind_of(module) is not None
+
+
+def unlike_linear(module: nn.Module) -> str | None:
+    """Why "all-linear" leaves out a layer whose class is one of ``torch.nn.Linear``'s; None of any other module."""
+    if not isinstance(module, nn.Linear) or _is_linear(module) or unsupported(module) is not None:
+        return None
+    return (
+        f"it is a {type(module).__module__}.{type(module).__qualname__}, which does not compute what torch.nn.Linear "
+        "does, or is never called"
+    )
 
 
 def _output_head(model: nn.Module) -> nn.Module | None:
@@ -285,6 +297,8 @@ def find_targets(
         if everything:
             is_linear = _is_linear(module) or unsupported(module) is not None  # which is not left out in silence
             wanted = is_linear and key not in left_out
+            if (why := unlike_linear(module)) is not None and key not in left_out:
+                log.info("%s is left out: %s", name, why)
             if wanted and key in own:
                 log.warning(LEFT_OUT, name)
                 continue

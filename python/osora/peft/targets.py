@@ -24,6 +24,7 @@ from osora.model.targets import (
     layer_index,
     log,
     rewritten,
+    unlike_linear,
     unmatched_names,
     weight_holders,
 )
@@ -115,6 +116,8 @@ class Surroundings:
         for name, module in model.named_modules(remove_duplicate=False):
             names.setdefault(id(module), []).append(name)
         self.left_out = {name for key in self.rewritten for name in names.get(key, ())}
+        unlike = ((name, unlike_linear(module)) for name, module in model.named_modules())
+        self.unlike = {name: why for name, why in unlike if why is not None}
         self.unmatched = unmatched_names(config.target_modules, [name for found in names.values() for name in found])
         self.also = {key: found[1:] for key, found in names.items() if len(found) > 1}
 
@@ -128,6 +131,9 @@ class Surroundings:
             log.warning(LEFT_OUT, key)
             return True
         if self.everything and key in self.fresh:
+            return True
+        if self.everything and (why := self.unlike.get(key)) is not None:
+            log.info("%s is left out: %s", key, why)
             return True
         if (head := self._head_of(key)) is not None:
             if self.everything:
