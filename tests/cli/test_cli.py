@@ -363,3 +363,15 @@ def test_init_of_what_is_no_checkpoint(folders, capsys):
     assert run(["init", str(folders / "adapter"), str(folders / "basis")]) == 2
     assert run(["init", str(folders / "base"), str(folders / "basis"), "--check"]) == 2
     assert "no basis here" in " ".join(capsys.readouterr().err.split())
+
+
+def test_init_under_torchrun(folders):
+    """Its parser takes shortened options of its own wherever they stand, --r among them: --rank is none."""
+    words = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "0", "-m", "osora", "init"]
+    words += [str(folders / "base"), str(folders / "two"), "--rank", "5", "--threads", "1", "--json"]
+    subprocess.run([sys.executable, *words], check=True, capture_output=True, text=True)
+    osora_json("init", folders / "base", folders / "one", "--r", "5", "--threads", "1")
+    files = sorted(path.name for path in (folders / "one").iterdir())
+    assert files == sorted(path.name for path in (folders / "two").iterdir())
+    for name in files:
+        assert (folders / "one" / name).read_bytes() == (folders / "two" / name).read_bytes()

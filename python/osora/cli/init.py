@@ -65,7 +65,7 @@ def init(
     out: Annotated[
         Path, typer.Argument(help="Folder of the basis; the same command goes on in it.", show_default=False)
     ],
-    r: Annotated[int, typer.Option("--r", help="Rank: it serves every rank up to it.", min=1)] = 64,
+    r: Annotated[int, typer.Option("--rank", "--r", help="It serves every rank up to it.", min=1)] = 64,
     tol: Annotated[float, typer.Option(help="Largest residual of a singular triplet.")] = 1e-3,
     target_modules: Annotated[
         list[str] | None,
