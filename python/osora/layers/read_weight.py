@@ -142,17 +142,24 @@ class _Linked(torch.autograd.Function):
         return None, None, *(next(found) if yes else None for yes in needed)
 
 
-def read_weight(base_layer: nn.Module, parts: Sequence[tuple[Formula, Basis, Deltas]], place: Place) -> Tensor:
+def read_weight(
+    base_layer: nn.Module,
+    parts: Sequence[tuple[Formula, Basis, Deltas]],
+    place: Place,
+    check: Callable[[], None] | None = None,
+) -> Tensor:
     """``W0 + Σ ΔW`` of adapters on a layer, for a model that reads the weight: in W0's layout, dtype and place.
 
-    It is summed in float32 (float64) and rounded once, as a merge is, when values are asked for. A quantised base is
-    given as it is stored.
+    It is summed in float32 (float64) and rounded once, as a merge is, when values are asked for; ``check``, if given,
+    is called before and may refuse them. A quantised base is given as it is stored.
     """
     weight: Tensor = base_layer.weight  # type: ignore[assignment]
     if is_quantised(base_layer):
         return weight
 
     def make() -> Tensor:
+        if check is not None:
+            check()
         total = oriented_weight(base_layer).to(accumulate_dtype(weight.dtype))
         for formula, basis, deltas in parts:
             left, right = formula.traced_factors(basis, deltas)

@@ -27,8 +27,9 @@ from osora.peft.batch import rows_of_adapters
 from osora.peft.combine import combine
 from osora.peft.config import AdapterConfig
 from osora.peft.filling import await_file, empty_basis, fill
-from osora.peft.layer import Adapter, AdapterLayer, layers_of
+from osora.peft.layer import AdapterLayer, layers_of
 from osora.peft.linears import OsoraLinear, SorsaLinear
+from osora.peft.parts import Adapter
 from osora.peft.rollback import Before, put_originals
 from osora.peft.targets import Surroundings, check_whole_modules, matches
 
