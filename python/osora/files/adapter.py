@@ -39,6 +39,7 @@ from osora.layers.linears import make_layer
 from osora.model.attach import install, install_beside
 from osora.model.decompose import decompose_targets
 from osora.model.fresh import CURE, fresh_parts, warn_of_fresh
+from osora.model.readers import read_layers
 from osora.model.state import (
     AdapterState,
     adapted_layers,
@@ -152,6 +153,7 @@ def save_adapter(
         _options(model, state.config, save_basis),
         save_basis,
         {module["name"]: module for module in modules},
+        read=tuple(read_layers(uncompiled(model), layers, state_of(model).readers.names)),
     )
     write_adapter(Path(folder), tensors, description.contents(), read_back)
     keep_card(info_of(Path(folder), description, state.config))

@@ -5,7 +5,7 @@ import json
 import os
 import re
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,13 +14,14 @@ from torch import Tensor, nn
 
 from osora.files.adapter import load_adapter
 from osora.files.base_folder import BaseFolder
-from osora.files.format import holds_adapter, write_adapter
+from osora.files.format import holds_adapter, read_description, write_adapter
 from osora.files.info import adapter_info, stored_changes
 from osora.files.lora import Reader, heads_named_by, heads_of, model_options
 from osora.layers.adapted import AdaptedLinear
 from osora.layers.base_weight import dense_weight, is_conv1d
+from osora.model.readers import read_in_kind, read_layers
 from osora.model.state import adapted_layers, all_layers, refuse_sharded, state_of
-from osora.model.targets import base_modules
+from osora.model.targets import base_modules, uncompiled
 
 # Endings of transformers' class names, and what PEFT calls their tasks.
 _TASKS = {
@@ -84,8 +85,9 @@ def _whole_modules(model: nn.Module, heads: list[str], factors: Factors) -> dict
 
 
 def _from_model(model: nn.Module, name: str | None) -> _Source:
-    adapter = state_of(model).active if name is None else name
-    state_of(model).of(adapter)
+    state = state_of(model)
+    adapter = state.active if name is None else name
+    state.of(adapter)
     layers = adapted_layers(model, adapter)
     refuse_sharded(layers, "exported")
     _refuse_shared(model, layers)
@@ -99,7 +101,7 @@ def _from_model(model: nn.Module, name: str | None) -> _Source:
         any(is_conv1d(layer.base_layer) for layer in layers.values()),
         getattr(model, "name_or_path", None) or None,
         task,
-        Reader.of(names, model_options(model), heads),
+        Reader.of(names, model_options(model), heads, read_layers(uncompiled(model), factors, state.readers.names)),
         whole,
     )
 
@@ -114,12 +116,23 @@ def _config_of(folder: str | None) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
+def _read(folder: Path, options: Mapping[str, Any], names: Iterable[str]) -> set[str]:
+    """The layers that the model reads: as its adapter's file says, and by the model's kind, if that is known."""
+    description = read_description(folder)
+    library = str((description.options.get("auto_mapping") or {}).get("parent_library"))
+    if (kind := re.match(r"transformers\.models\.(\w+)\.", library)) and not options.get("model_type"):
+        options = {"model_type": kind[1]}
+    return {*description.read, *read_in_kind(options, names)}
+
+
 def _from_folder(folder: Path, base: str | os.PathLike[str] | None) -> _Source:
     info = adapter_info(folder)
     if base is None:
         factors = stored_changes(folder)
         task = None if heads_named_by(info.task) else info.task
-        return _Source(factors, False, info.base_model, task, Reader.of(list(factors), _config_of(info.base_model)))
+        options = _config_of(info.base_model)
+        reader = Reader.of(list(factors), options, read=_read(folder, options, factors))
+        return _Source(factors, False, info.base_model, task, reader)
     checkpoint = BaseFolder(base)
     places = checkpoint.places(info)
     model = load_adapter(checkpoint.stand_in(places), folder)
@@ -131,7 +144,7 @@ def _from_folder(folder: Path, base: str | os.PathLike[str] | None) -> _Source:
         any(place.transposed for place in places.values()),
         info.base_model or str(base),
         None if heads_named_by(task) else task,
-        Reader.of(list(factors), checkpoint.config),
+        Reader.of(list(factors), checkpoint.config, read=_read(folder, checkpoint.config, factors)),
     )
 
 
@@ -226,10 +239,11 @@ def export_lora(
     Raises:
         FileNotFoundError: no adapter, or no base, in the folder.
         AdapterError: a damaged adapter, another base, or no basis in the file and no base given.
-        ValueError: the model has no such adapter; layers that PEFT would not find, or that it refuses, by name; a layer
-            that the model has under two names, of which PEFT would adapt one; NaN or infinite values; ``base`` or
-            ``name`` where it has no meaning; ``path`` holds an adapter of osora's, be it this one; a model with PEFT
-            around it, of which the saved folder is to be given.
+        ValueError: the model has no such adapter; layers that PEFT would not find, that it refuses, or whose weights
+            the model reads itself, so that a LoRA does nothing there, by name; a layer that the model has under two
+            names, of which PEFT would adapt one; NaN or infinite values; ``base`` or ``name`` where it has no meaning;
+            ``path`` holds an adapter of osora's, be it this one; a model with PEFT around it, of which the saved folder
+            is to be given.
         OSError: the folder cannot be written.
     """
     _refuse_meaningless(source, Path(path), base, name)

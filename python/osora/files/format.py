@@ -112,6 +112,7 @@ class Description:
     save_basis: bool
     modules: dict[str, dict[str, Any]]  # by name, in the file's order
     others: tuple[str, ...] | None = None  # the file's further tensors by name: whole modules, rows, embeddings
+    read: tuple[str, ...] = ()  # modules whose weights the model read itself, so that a plain LoRA is not this adapter
 
     @property
     def kinds(self) -> tuple[str, ...]:
@@ -139,7 +140,8 @@ class Description:
         modules = list(self.modules.values())
         block: dict[str, Any] = {"format_version": FORMAT_VERSION, "save_basis": self.save_basis}
         others = {"others": list(self.others)} if self.others else {}
-        return self.options | {BLOCK: block | others | {"modules": modules}}
+        read = {"read": list(self.read)} if self.read else {}
+        return self.options | {BLOCK: block | others | read | {"modules": modules}}
 
     def extras(self) -> dict[str, Any]:
         """The options in force that stand for tensors of PEFT's own: trained biases, whole modules, tokens."""
@@ -223,7 +225,11 @@ def described(config: Mapping[str, Any], path: Path) -> Description:
     others = block.get("others")
     if others is not None and not (isinstance(others, list) and all(isinstance(key, str) for key in others)):
         raise AdapterError(f"{path}: others is no list of tensors' names")
-    return Description(path, method, options, block["save_basis"], modules, None if others is None else tuple(others))
+    read = block.get("read", [])
+    if not (isinstance(read, list) and all(isinstance(name, str) for name in read)):
+        raise AdapterError(f"{path}: read is no list of modules' names")
+    beside = None if others is None else tuple(others)
+    return Description(path, method, options, block["save_basis"], modules, beside, tuple(read))
 
 
 def _check_module(path: Path, module: Any) -> None:

@@ -7,6 +7,7 @@ first function that needs values makes them, and their gradient is that of the a
 """
 
 import logging
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -22,6 +23,17 @@ from osora.reference import accumulate_dtype
 log = logging.getLogger("osora")
 
 
+_CALL = nn.Module._call_impl.__code__
+
+
+def _within_a_module() -> bool:
+    """Whether a module is being called now."""
+    frame = sys._getframe()
+    while frame is not None and frame.f_code is not _CALL:
+        frame = frame.f_back  # type: ignore[assignment]
+    return frame is not None
+
+
 @dataclass
 class Readers:
     """The adapted layers of a model whose weights something has read."""
@@ -29,8 +41,8 @@ class Readers:
     names: list[str] = field(default_factory=list)
 
     def add(self, name: str) -> None:
-        """Remember a layer, and say so once a model."""
-        if name in self.names:
+        """Remember a layer, and say so once a model; but not where someone looks at a weight between two forwards."""
+        if name in self.names or not _within_a_module():
             return
         self.names.append(name)
         if len(self.names) == 1:

@@ -14,6 +14,7 @@ import torch
 
 from osora.files.evidence import check_describable, check_finite, describe
 from osora.files.format import CONFIG_FILE, FILE_METHODS, Description, write_config
+from osora.model.readers import read_layers
 from osora.peft.layer import AdapterLayer, layers_of
 from osora.peft.selecting import Selection, selected
 
@@ -61,7 +62,9 @@ def save(config: AdapterConfig, options: dict[str, Any], folder: Path) -> None:
     method = FILE_METHODS[config.method]
     named = {module["name"]: module for module in modules}
     others = tuple(sorted(method.other_key(name) for name in selection.beside))
-    description = Description(folder / CONFIG_FILE, method, options, config.save_basis, named, others)
+    seen = {name for layer in layers.values() if layer.place.readers for name in layer.place.readers.names}
+    read = tuple(read_layers(model, layers, seen))
+    description = Description(folder / CONFIG_FILE, method, options, config.save_basis, named, others, read)
     write_config(folder, description.contents())
     if (found := _listening.get()) is not None:
         found[folder] = description
