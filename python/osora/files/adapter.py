@@ -36,6 +36,7 @@ from osora.layers.adapted import DEFAULT, AdaptedLinear
 from osora.layers.base_weight import base_weight
 from osora.layers.formulas import formula_of
 from osora.layers.linears import make_layer
+from osora.layers.undo import AllOrNothing
 from osora.model.attach import install, install_beside
 from osora.model.decompose import decompose_targets
 from osora.model.fresh import CURE, fresh_parts, warn_of_fresh
@@ -47,6 +48,7 @@ from osora.model.state import (
     check_new_name,
     refuse_if_adapted,
     refuse_if_busy,
+    refuse_incomplete,
     refuse_sharded,
     state_of,
 )
@@ -119,12 +121,14 @@ def save_adapter(
         name: which of several adapters; None for the active one. The name itself is not in the file.
 
     Raises:
-        ValueError: no adapter, none of that name, NaN or infinite values in it, or a model sharded over processes.
+        ValueError: no adapter, none of that name, NaN or infinite values in it, a module that has lost it, or a model
+            sharded over processes.
         OSError: the folder cannot be written.
     """
     adapter = state_of(model).active if name is None else name
     state = state_of(model).of(adapter)
     layers, method = adapted_layers(model, adapter), FILE_METHODS[state.config.method]
+    refuse_incomplete(model, adapter)
     refuse_sharded(layers, "saved")
     tensors: dict[str, Tensor] = {}
     for module, layer in layers.items():
@@ -304,11 +308,12 @@ def load_adapter(
         new.append((target, layer))
 
     # All is checked: the model changes from here on.
-    for target, layer in joined:
-        if target.name in factors:
-            layer.widen(factors[target.name])
-        saved = adapter.tensors[target.name]
-        layer.add_adapter(name, formula, {kind: saved[kind] for kind in formula.kinds})
-    put = install_beside if there else install
-    put(model, new, name, AdapterState(config, time.perf_counter() - began))
+    with AllOrNothing(model):
+        for target, layer in joined:
+            if target.name in factors:
+                layer.widen(factors[target.name])
+            saved = adapter.tensors[target.name]
+            layer.add_adapter(name, formula, {kind: saved[kind] for kind in formula.kinds})
+        put = install_beside if there else install
+        put(model, new, name, AdapterState(config, time.perf_counter() - began))
     return model

@@ -17,6 +17,7 @@ from osora.layers.base_weight import dense_weight
 from osora.layers.batch import AdapterOfBatch, RowAdapters, RowTables
 from osora.layers.formulas import formula_of
 from osora.layers.linears import make_layer
+from osora.layers.undo import AllOrNothing
 from osora.model.attach import install_beside, unwrap
 from osora.model.decompose import as_asked, decompose_targets, notes_of, with_enough
 from osora.model.fresh import fresh_parts
@@ -66,14 +67,16 @@ def set_adapter(model: nn.Module, name: str) -> nn.Module:
     if name == state.active:
         return model
     trainable = any(parameter.requires_grad for parameter in adapter_parameters(model))
-    for parameter in adapter_parameters(model):
-        parameter.requires_grad_(False)
-    for layer in all_layers(model).values():
-        layer.select_adapter(name)
-        layer.dropout = adapter.config.dropout
-    state.active = name
-    for parameter in adapter_parameters(model):
-        parameter.requires_grad_(trainable)
+    layers = all_layers(model).values()
+    with AllOrNothing(*layers, others=(state,), alone=True):
+        for parameter in adapter_parameters(model):
+            parameter.requires_grad_(False)
+        for layer in layers:
+            layer.select_adapter(name)
+            layer.dropout = adapter.config.dropout
+        state.active = name
+        for parameter in adapter_parameters(model):
+            parameter.requires_grad_(trainable)
     return model
 
 
@@ -100,10 +103,11 @@ def remove_adapter(model: nn.Module, name: str) -> nn.Module:
             "them off with osora.detach"
         )
     layers = adapted_layers(model, name).values()
-    for layer in layers:
-        layer.remove_adapter(name)
-    unwrap(model, [layer for layer in layers if not layer.adapters()])
-    del state.adapters[name]
+    with AllOrNothing(model):
+        del state.adapters[name]
+        for layer in layers:
+            layer.remove_adapter(name)
+        unwrap(model, [layer for layer in layers if not layer.adapters()])
     return model
 
 
@@ -178,9 +182,10 @@ def add_adapter(
             target, factors = as_asked(target, factors, config)
             new.append((target, make_layer(target.module, factors, formula, config.dropout, name)))
         notes = notes_of([*fitted, *(target for target, _ in new)])
-    for layer, rank in joined:
-        layer.add_adapter(name, formula, rank)
-    install_beside(model, new, name, AdapterState(config, time.perf_counter() - began, notes))
+    with AllOrNothing(model):
+        for layer, rank in joined:
+            layer.add_adapter(name, formula, rank)
+        install_beside(model, new, name, AdapterState(config, time.perf_counter() - began, notes))
     return model
 
 

@@ -14,6 +14,7 @@ from osora.layers.adapted import DEFAULT, AdaptedLinear
 from osora.layers.formulas import formula_of
 from osora.layers.linears import make_layer
 from osora.layers.quantised import allow_packing, keep_order
+from osora.layers.undo import AllOrNothing
 from osora.model.decompose import as_asked, decompose_targets, notes_of
 from osora.model.fresh import CURE, fresh_parts, warn_of_fresh
 from osora.model.merge import merge_layers
@@ -46,12 +47,13 @@ Layers = list[tuple[Target, AdaptedLinear]]
 def install(model: nn.Module, layers: Layers, name: str, adapter: AdapterState) -> None:
     """Wrap the targets in their finished layers and freeze everything else: the model's first adapter."""
     required_grad = {name: p.requires_grad for name, p in uncompiled(model).named_parameters()}
-    for parameter in model.parameters():
-        parameter.requires_grad_(False)
-    for target, layer in layers:
-        _replace(model, target.names, layer)
-    remember(model, State(required_grad, name, {name: adapter}, keep_order(model)))
-    adapter.begin(model, name)
+    with AllOrNothing(model):
+        for parameter in model.parameters():
+            parameter.requires_grad_(False)
+        for target, layer in layers:
+            _replace(model, target.names, layer)
+        remember(model, State(required_grad, name, {name: adapter}, keep_order(model)))
+        adapter.begin(model, name)
 
 
 def install_beside(model: nn.Module, layers: Layers, name: str, adapter: AdapterState) -> None:
@@ -161,18 +163,19 @@ def detach(model: nn.Module, *, merged: bool = False) -> nn.Module:
     """
     state = state_of(model)
     layers = adapted_layers(model)
-    if merged:
-        merge_layers({name: layer for name, layer in layers.items() if not layer.merged})
-    else:
-        for layer in layers.values():
-            if layer.merged:
-                layer.unmerge()
-    unwrap(model, all_layers(model).values())
-    allow_packing(state.in_order)
-    follow_calls(model)
-    forget(model)
-    for name, parameter in uncompiled(model).named_parameters():
-        parameter.requires_grad_(state.required_grad.get(name, parameter.requires_grad))
+    with AllOrNothing(model, others=(state,)):
+        if merged:
+            merge_layers({name: layer for name, layer in layers.items() if not layer.merged})
+        else:
+            for layer in layers.values():
+                if layer.merged:
+                    layer.unmerge()
+        unwrap(model, all_layers(model).values())
+        allow_packing(state.in_order)
+        follow_calls(model)
+        forget(model)
+        for name, parameter in uncompiled(model).named_parameters():
+            parameter.requires_grad_(state.required_grad.get(name, parameter.requires_grad))
     return model
 
 

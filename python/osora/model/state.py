@@ -27,12 +27,14 @@ class AdapterState:
     seconds: float
     notes: dict[str, str] = field(default_factory=dict)  # module name -> what is worth a line
     penalty: Penalty | None = None  # of SORSA, as long as the adapter is there
+    layers: tuple[str, ...] = ()  # names of those that it came into
 
     def begin(self, model: nn.Module, name: str) -> None:
         """The adapter is in the model from now on: say what is worth a line, and penalise what is to be penalised."""
         layers, readers = adapted_layers(model, name), state_of(model).readers
         for module, layer in layers.items():
             layer.place = Place(module, readers)
+        self.layers = tuple(layers)
         watch_first_step(layers, lambda layer: layer.trained(name) if name in layer.adapters() else ())
         if isinstance(self.config, SorsaConfig):
             self.penalty = Penalty(list(layers.values()), name, self.config.gamma, self.config.regularizer)
@@ -116,6 +118,18 @@ def refuse_if_busy(model: nn.Module) -> None:
             raise ValueError(f"{name}: the adapter is merged: call osora.unmerge(model) first")
         if layer.batch is not None:
             raise ValueError("adapters cannot be exchanged within adapters_in_batch")
+
+
+def refuse_incomplete(model: nn.Module, adapter: str) -> None:
+    """Raise ValueError where a module that an adapter came into has it no more: what is left is another adapter."""
+    modules = dict(uncompiled(model).named_modules(remove_duplicate=False))
+    for name in state_of(model).of(adapter).layers:
+        module = modules.get(name)  # None where layers of the model were dropped
+        if module is not None and not (isinstance(module, AdaptedLinear) and adapter in module.adapters()):
+            raise ValueError(
+                f"the adapter {adapter!r} was put into {name}, which has it no more (the module was exchanged, or a "
+                "call was cut off): remove the adapter and load or attach it again"
+            )
 
 
 _GATHER = (
