@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Ctrl-C at a given line of osora's own code, and what a model is made of, to see that it was left as it was."""
+"""Ctrl-C at a given line of osora's code, or of a package it works in, and what a model is made of before and after."""
 
 import sys
 from collections.abc import Callable
@@ -14,8 +14,12 @@ import osora
 _OWN = str(Path(osora.__file__).parent)
 
 
-def interrupted(call: Callable[[], object], at: int) -> tuple[int, str]:
-    """Run ``call`` with a KeyboardInterrupt at the ``at``-th line; how many lines ran, and where it came, if it did."""
+def interrupted(call: Callable[[], object], at: int, own: tuple[str, ...] = (_OWN,)) -> tuple[int, str]:
+    """Run ``call`` with a KeyboardInterrupt at the ``at``-th line of the packages in the folders ``own``.
+
+    Returns:
+        How many lines ran, and where the interrupt came, if it did.
+    """
     seen, where = 0, ""
 
     def within(frame: Any, event: str, _: object) -> Any:
@@ -29,7 +33,7 @@ def interrupted(call: Callable[[], object], at: int) -> tuple[int, str]:
         return within
 
     def enter(frame: Any, event: str, _: object) -> Any:
-        return within if frame.f_code.co_filename.startswith(_OWN) else None
+        return within if frame.f_code.co_filename.startswith(own) else None
 
     before = sys.gettrace()
     sys.settrace(enter)

@@ -21,6 +21,7 @@ from osora.layers.formulas import formula_of
 from osora.layers.penalty import Penalty
 from osora.layers.quantised import allow_packing, keep_order
 from osora.layers.read_weight import Place, Readers
+from osora.layers.undo import AllOrNothing
 from osora.model.targets import check_rank_pattern
 from osora.peft import loading
 from osora.peft.batch import rows_of_adapters
@@ -74,9 +75,9 @@ class AdapterModel(BaseTuner):
             config.__dict__["_wanted"] = frozenset(description.modules)
         befores: dict[str, Before] = self.__dict__.setdefault("_befores", {})
         biases = description is not None and config.bias != "none"
-        befores[adapter_name] = Before(model, biases, () if description is None else description.other_names)
-        self._made: list[tuple[AdapterLayer, bool]] = []
         try:
+            befores[adapter_name] = Before(model, biases, () if description is None else description.other_names)
+            self._made: list[tuple[AdapterLayer, bool]] = []
             self._around = Surroundings(model, config)
             super().inject_adapter(model, adapter_name, *args, **kwargs)
             self._around.leave_out(config)
@@ -89,19 +90,19 @@ class AdapterModel(BaseTuner):
                 fill(layers, adapter_name, config)
             else:
                 await_file(layers, adapter_name, config, description)
+            model.__dict__.setdefault(_IN_ORDER, []).extend(keep_order(model))
+            self._settle(config, model, adapter_name)
+            self._penalise(model, adapter_name, layers, config)
+            named = {layer.name: layer for layer in layers}
+            watch_first_step(named, lambda layer: layer.trained_kinds(adapter_name).values())
         except BaseException:
             self._take_out(model, adapter_name)
             raise
         finally:
-            del self._made
+            self.__dict__.pop("_made", None)
             self.__dict__.pop("_around", None)
         if description is None:
             del befores[adapter_name]
-        model.__dict__.setdefault(_IN_ORDER, []).extend(keep_order(model))
-        self._settle(config, model, adapter_name)
-        self._penalise(model, adapter_name, layers, config)
-        named = {layer.name: layer for layer in layers}
-        watch_first_step(named, lambda layer: layer.trained_kinds(adapter_name).values())
 
     @staticmethod
     def _settle(config: Any, model: nn.Module, name: str) -> None:
@@ -188,7 +189,7 @@ class AdapterModel(BaseTuner):
         layers = layers_of(self.model, adapter_name).values()
         try:
             arrived = loading.settle(layers, adapter_name)
-        except AdapterError:
+        except BaseException:  # refused, or the user's
             self._take_out(self.model, adapter_name)
             raise
         if arrived:
@@ -224,15 +225,16 @@ class AdapterModel(BaseTuner):
         if not self.peft_config:
             self._forget(model)
 
-    def take_out(self, name: str) -> None:
-        """Leave the model as it was before an adapter came, whoever found out that it cannot stay."""
-        if name in self.peft_config:
-            self._take_out(self.model, name)
-
     def delete_adapter(self, adapter_name: str) -> None:
         """Forget an adapter. Raises ValueError for one that is not there, or is merged."""
-        super().delete_adapter(adapter_name)
-        self.model.__dict__.get(_PENALTIES, {}).pop(adapter_name, None)
+        with AllOrNothing(self):
+            super().delete_adapter(adapter_name)
+            self.model.__dict__.get(_PENALTIES, {}).pop(adapter_name, None)
+
+    def unmerge_adapter(self) -> None:
+        """Unmerge all layers or, if it is interrupted, none."""
+        with AllOrNothing(*(module for module in self.model.modules() if isinstance(module, AdapterLayer))):
+            super().unmerge_adapter()
 
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
         """Merge adapters into all layers or, if one cannot be, into none. See :meth:`AdapterLayer.merge`.
@@ -353,9 +355,10 @@ class OsoraModel(AdapterModel):
                     f"{each!r} trains whole modules or rows of embeddings (modules_to_save={config.modules_to_save!r}, "
                     f"trainable_token_indices={config.trainable_token_indices!r}), of which there is no weighted sum"
                 )
-        config = combine(self.model, self.peft_config, adapters, weights, adapter_name)
-        self.peft_config[adapter_name] = config
-        config.settle_in(self.model, adapter_name)
+        with AllOrNothing(self):
+            config = combine(self.model, self.peft_config, adapters, weights, adapter_name)
+            self.peft_config[adapter_name] = config
+            config.settle_in(self.model, adapter_name)
 
 
 class SorsaModel(AdapterModel):
