@@ -19,6 +19,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from osora.files import fingerprint
+from osora.files.together import replace_together
 from osora.files.whole import finish, temporary_beside, why_unreadable
 from osora.reference import FLOATS
 
@@ -312,13 +313,12 @@ def write_adapter(
         except SafetensorError as error:  # its name for a disk that is full
             raise OSError(f"{paths[0]} cannot be written, and what was there is left: {error}") from error
         new_config.write_text(config_text(config), encoding="utf-8")
-        # Both are whole before either takes its place; the digests tell if a crash parts these two lines.
+        # both are whole before either takes its place
         for new in (new_tensors, new_config):
             finish(new)
         if check is not None:
             check(new_config, new_tensors)
-        os.replace(new_tensors, paths[0])
-        os.replace(new_config, paths[1])
+        replace_together({paths[0]: new_tensors, paths[1]: new_config})
 
 
 __all__ = [
