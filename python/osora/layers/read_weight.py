@@ -181,6 +181,8 @@ def read_weight(
 
     if torch.compiler.is_compiling() or torch.jit.is_tracing():
         return make()
+    if torch._C._functorch.peek_interpreter_stack() is not None:  # torch.func differentiates and batches the sum itself
+        return make()
     source = Source(make, place)
     tensors = [weight, *(delta for _, _, deltas in parts for delta in deltas)]
     if not torch.is_grad_enabled() or not any(tensor.requires_grad for tensor in tensors):
