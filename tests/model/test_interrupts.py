@@ -123,3 +123,26 @@ def test_a_model_that_has_lost_whole_parts_is_saved(tmp_path):
     del model[2]
     osora.save_adapter(model, tmp_path)
     osora.load_adapter(nn.Sequential(*(module.base_layer for module in model)), tmp_path)
+
+
+@pytest.mark.parametrize("kind", ["nf4", "int8"])
+def test_a_quantised_base_is_always_held_by_someone(kind):
+    """A layer's own merge, without the model's call around it."""
+    pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
+    from quantise import quantised_linear
+
+    def make() -> nn.Module:
+        model = nn.Sequential(quantised_linear(nn.Linear(128, 96), kind)).eval()
+        return shake(osora.attach(model, OsoraConfig(r=3)))
+
+    done = make()
+    total, _ = interrupted(lambda: done[0].merge(requantize=True), -1)
+    for at in points(total, 200):
+        model = make()
+        layer, own = model[0], model[0].base_layer.weight
+        interrupted(lambda layer=layer: layer.merge(requantize=True), at)
+        if layer.base_layer.weight is not own:
+            assert layer.merged, at
+        if layer.merged:
+            layer.unmerge()
+        assert layer.base_layer.weight is own

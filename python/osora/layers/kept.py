@@ -53,7 +53,7 @@ class KeepsBase(nn.Module):
         if (kind := kind_of(self.base_layer)) is not None:
             if not bool(total.isfinite().all()):
                 raise ValueError("merging gives NaN or infinite weights")
-            self.base_kept.append(kind.replace(self.base_layer, total))
+            kind.replace(self.base_layer, total, self.base_kept.append)
             return
         own = self._own_weight()
         merged = total.to(own.dtype)
