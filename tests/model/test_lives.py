@@ -195,11 +195,14 @@ def test_an_adapter_that_came_in_inference_mode_can_be_trained(api, tmp_path):
         loaded(X).square().sum().backward()
 
 
-def test_weights_of_inference_mode_are_refused():
+@pytest.mark.parametrize("there", [False, True], ids=["outside", "within"])
+def test_weights_of_inference_mode_are_refused(there):
+    """Also by a call within it: a fresh adapter is there to be trained."""
     with torch.inference_mode():
         model = Net()
-    with pytest.raises(ValueError, match=r"a\.weight was made within torch\.inference_mode\(\)"):
-        osora.attach(model, osora.OsoraConfig(r=4))
+    with torch.inference_mode(there):
+        with pytest.raises(ValueError, match=r"a\.weight was made within torch\.inference_mode\(\)"):
+            osora.attach(model, osora.OsoraConfig(r=4))
     assert not adapted_layers(model)
 
 
