@@ -170,6 +170,8 @@ def _config(source: _Source, ranks: Mapping[str, int]) -> dict[str, Any]:
 
 
 def _refuse_meaningless(source: object, path: Path, base: object, name: str | None) -> None:
+    if not isinstance(source, nn.Module | str | os.PathLike):
+        raise TypeError(f"source must be a model or the folder of a saved adapter, got a {type(source).__name__}")
     if holds_adapter(path):
         raise ValueError(f"{path} holds an adapter, which a LoRA of the same file names would replace")
     if not isinstance(source, nn.Module):
@@ -245,6 +247,7 @@ def export_lora(
             ``path`` holds an adapter of osora's, be it this one; a model with PEFT around it, of which the saved folder
             is to be given.
         OSError: the folder cannot be written.
+        TypeError: ``source`` is neither a model nor a path.
     """
     _refuse_meaningless(source, Path(path), base, name)
     found = _from_model(source, name) if isinstance(source, nn.Module) else _from_folder(Path(source), base)

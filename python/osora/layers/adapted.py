@@ -310,7 +310,7 @@ class AdaptedLinear(KeepsBase):
             self.refuse_quantised(
                 "run it unmerged, dequantise the base before, or call osora.merge(model, requantize=True)"
             )
-        self.put_merged(dense_weight(self.base_layer).to(self.S0.dtype) + self.delta_weight())
+        self.put_merged(self.base_dense().to(self.S0.dtype) + self.delta_weight())
         if self._materialised is not None:  # nobody asks for it while the layer is merged
             self._materialised.drop()
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from osora.layers.base_weight import is_conv1d, is_quantised
+from osora.layers.base_weight import dense_weight, is_conv1d, is_quantised
 from osora.layers.quantised import AsItWas, Kept, kind_of, restore
 
 
@@ -16,6 +16,8 @@ class KeepsBase(nn.Module):
 
     base_layer: nn.Module
     base_kept: list[Kept]  # one while the layer is merged
+    out_features: int
+    in_features: int
 
     def base(self) -> Any:
         """The base layer or, while a merged weight is in it, what it was, for whoever reads a base weight."""
@@ -30,7 +32,7 @@ class KeepsBase(nn.Module):
             )
 
     def _own_weight(self) -> nn.Parameter:
-        own = self.base_kept[0].weight if self.base_kept else self.base_layer.weight
+        own = self.base_kept[0].weight if self.base_kept else getattr(self.base_layer, "weight", None)
         if isinstance(own, Tensor) and not isinstance(own, nn.Parameter):
             raise ValueError(
                 "the base weight is computed anew in each forward (pruned, or parametrised), so that nothing can be "
@@ -38,6 +40,22 @@ class KeepsBase(nn.Module):
                 "parametrize.remove_parametrizations"
             )
         return own  # type: ignore[return-value]  # what is no tensor at all is told where it is read
+
+    def base_dense(self) -> Tensor:
+        """The base weight [out_features, in_features] to sum a merged one from, as :func:`dense_weight` gives it.
+
+        Raises:
+            ValueError: the layer was exchanged for one of other sizes or without a weight, or is on the meta device.
+        """
+        weight, wanted = dense_weight(self.base()), (self.out_features, self.in_features)
+        if tuple(weight.shape) != wanted:
+            raise ValueError(
+                f"the base weight is {list(weight.shape)}, and the adapter is for one of {list(wanted)}: the base "
+                "layer was exchanged after the adapter had come: put it back, or detach first"
+            )
+        if weight.is_meta:
+            raise ValueError("the base weight is on the meta device and has no values: load the weights first")
+        return weight
 
     def refuse_computed(self) -> None:
         """Raise ValueError where the base weight is no parameter, so that nothing can take its place."""

@@ -139,11 +139,16 @@ _GATHER = (
 
 
 def refuse_sharded(layers: Mapping[str, nn.Module], wish: str, cure: str = _GATHER) -> None:
-    """Raise ValueError where no process has a whole tensor of these layers, so that they cannot be "saved", say."""
+    """Raise ValueError where no process has a whole tensor of these layers, so that they cannot be "saved", say.
+
+    Nor can what is on the meta device.
+    """
     for module, layer in layers.items():
         for key, tensor in layer.named_parameters():
             if hasattr(tensor, "full_tensor") or hasattr(tensor, "ds_id"):  # FSDP2's DTensor; under DeepSpeed's ZeRO 3
                 raise ValueError(f"{module}.{key} is sharded over processes, and cannot be {wish} there: {cure}")
+            if tensor.is_meta:
+                raise ValueError(f"{module}.{key} is on the meta device and has no values, and cannot be {wish}")
 
 
 def check_new_name(model: nn.Module, name: str) -> None:

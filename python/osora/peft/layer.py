@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from osora import reference
 from osora.layers.base_weight import (
     base_weight,
-    dense_weight,
     has_hooks,
     is_conv1d,
     is_quantised,
@@ -296,7 +295,7 @@ class AdapterLayer(KeepsBase, BaseTunerLayer):
             "osora.merge(model, requantize=True)"
         )
         self.refuse_computed()
-        total = dense_weight(self.base()).to(self.exact)
+        total = self.base_dense().to(self.exact)
         for name in [*self.merged_adapters, *new]:
             total = total + self.delta_weight(name)
         try:

@@ -68,6 +68,10 @@ class AdapterModel(BaseTuner):
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         """Give the model an adapter, as PEFT does it, then all of its decompositions; or leave the model as it was."""
         config: Any = self.peft_config[adapter_name]
+        if not adapter_name or "." in adapter_name:
+            raise ValueError(
+                f"an adapter's name must not be empty nor have a dot (it is part of state_dict keys): {adapter_name!r}"
+            )
         if config.home is not None and config.home[0] is model and config.home[1] != adapter_name:
             config = self.peft_config[adapter_name] = copy.deepcopy(config)  # one object was given for two adapters
         description = self._description(config)

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from peft import PeftModel
+from safetensors import SafetensorError
 
 from osora.files.card import CARD_FILE, keep_card
 from osora.files.format import CONFIG_FILE, TENSOR_FILE
@@ -75,7 +76,10 @@ def _whole(save_pretrained: Callable[..., None]) -> Callable[..., None]:
                 shutil.copyfile(folder / place / CARD_FILE, new / place / CARD_FILE)
             options["save_directory"] = made
             with selections_kept(), descriptions_written() as written:
-                save_pretrained(*given.args, **given.kwargs)
+                try:
+                    save_pretrained(*given.args, **given.kwargs)
+                except SafetensorError as error:  # its name for a disk that is full
+                    raise OSError(f"{folder} cannot be written, and what was there is left: {error}") from error
             for place in places:
                 read_back(new / place / CONFIG_FILE, new / place / TENSOR_FILE)
             for place, config in places.items():
