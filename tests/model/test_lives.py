@@ -195,15 +195,29 @@ def test_an_adapter_that_came_in_inference_mode_can_be_trained(api, tmp_path):
         loaded(X).square().sum().backward()
 
 
-@pytest.mark.parametrize("there", [False, True], ids=["outside", "within"])
-def test_weights_of_inference_mode_are_refused(there):
-    """Also by a call within it: a fresh adapter is there to be trained."""
+def test_weights_of_inference_mode_are_refused():
     with torch.inference_mode():
         model = Net()
-    with torch.inference_mode(there):
-        with pytest.raises(ValueError, match=r"a\.weight was made within torch\.inference_mode\(\)"):
-            osora.attach(model, osora.OsoraConfig(r=4))
+    with pytest.raises(ValueError, match=r"a\.weight was made within torch\.inference_mode\(\)"):
+        osora.attach(model, osora.OsoraConfig(r=4))
     assert not adapted_layers(model)
+
+
+@pytest.mark.parametrize("api", ["native", "peft"])
+def test_what_came_and_was_made_in_inference_mode_is_served_and_not_trained(api):
+    with torch.inference_mode():
+        model = Net()
+        if api == "native":
+            osora.attach(model, osora.OsoraConfig(r=4))
+        else:
+            model = get_peft_model(model, osora.peft.OsoraConfig(r=4, target_modules=["a", "b", "c"]))
+        served = model(X)
+    with pytest.raises(
+        RuntimeError, match=r"made within torch\.inference_mode\(\), and nothing can be trained on it: load"
+    ):
+        model(X)
+    with torch.no_grad():
+        assert torch.equal(model(X), served)
 
 
 @pytest.mark.parametrize("plan", ["split", "materialised"])

@@ -84,6 +84,7 @@ class AdaptedLinear(KeepsBase):
             zeros = torch.zeros(shape, dtype=exact, device=device)
             self.register_parameter(kind, nn.Parameter(zeros, requires_grad=kind in formula.trained))
         self.base_kept = []
+        self.of_inference = base_layer.weight.is_inference()  # type: ignore[operator, union-attr]
         self.train(base_layer.training)
 
     @property
@@ -130,6 +131,8 @@ class AdaptedLinear(KeepsBase):
         if self.together and (y := linear_together(self, x)) is not None:
             return y
         formula, deltas, basis = self.formula(self.adapter), self.deltas(self.adapter), self.basis()
+        if self.of_inference:
+            self.refuse_training(deltas)
         dropout = self.dropout if self.training else 0.0
         if self._materialised is None or dropout > 0 or has_hooks(self.base_layer):
             return adapted_linear(self.base_layer, x, formula, basis, deltas, dropout)

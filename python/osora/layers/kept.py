@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """A merged weight in the base weight's place, and back: the native layer's way, and that of PEFT's."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -18,6 +18,7 @@ class KeepsBase(nn.Module):
     base_kept: list[Kept]  # one while the layer is merged
     out_features: int
     in_features: int
+    of_inference: bool = False  # whether the base weight was made within torch.inference_mode()
 
     def base(self) -> Any:
         """The base layer or, while a merged weight is in it, what it was, for whoever reads a base weight."""
@@ -40,6 +41,14 @@ class KeepsBase(nn.Module):
                 "parametrize.remove_parametrizations"
             )
         return own  # type: ignore[return-value]  # what is no tensor at all is told where it is read
+
+    def refuse_training(self, deltas: Iterable[Tensor]) -> None:
+        """Raise RuntimeError where a gradient would be needed past a weight of inference mode."""
+        if torch.is_grad_enabled() and any(delta.requires_grad for delta in deltas):
+            raise RuntimeError(
+                "the base weight was made within torch.inference_mode(), and nothing can be trained on it: load the "
+                "model outside of it (torch.no_grad() serves as well), or run this one under torch.inference_mode()"
+            )
 
     def base_dense(self) -> Tensor:
         """The base weight [out_features, in_features] to sum a merged one from, as :func:`dense_weight` gives it.

@@ -108,8 +108,9 @@ def attach(
         TypeError: a quantised or integer weight.
         osora.ConvergenceError: see ``unconverged``.
     """
+    serving = torch.is_inference_mode_enabled()
     with torch.inference_mode(False):  # what is made here is to be trained, whatever the mode around it
-        return _attach(model, config, name, max_memory, unconverged, progress)
+        return _attach(model, config, name, max_memory, unconverged, progress, serving)
 
 
 def _attach(
@@ -119,6 +120,7 @@ def _attach(
     max_memory: int | None,
     unconverged: Unconverged,
     progress: bool | None,
+    serving: bool,
 ) -> nn.Module:
     config = OsoraConfig() if config is None else config
     formula = formula_of(config)
@@ -131,7 +133,7 @@ def _attach(
     refuse_sharded(whole, "decomposed", "attach the adapter before the model is sharded")
     for target in targets:
         weight: Any = target.module.weight
-        if weight.is_inference():
+        if weight.is_inference() and not serving:
             raise ValueError(
                 f"{target.name}.weight was made within torch.inference_mode(), and nothing can be trained on it: load "
                 "the model outside of it (torch.no_grad() serves as well)"

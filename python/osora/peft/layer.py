@@ -62,6 +62,7 @@ class AdapterLayer(KeepsBase, BaseTunerLayer):
         self.adapters: dict[str, Adapter] = {}
         self.batch: Sequence[tuple[RowAdapters, Basis]] | None = None  # within a batch of several adapters
         self.base_kept = []
+        self.of_inference = base_layer.weight.is_inference()  # type: ignore[operator, union-attr]
         self._disable_adapters = False
         self.merged_adapters = []
         self.frozen_peft_weight_names = {}
@@ -212,6 +213,8 @@ class AdapterLayer(KeepsBase, BaseTunerLayer):
         for name in active:
             adapter, basis, deltas = self.adapters[name], self.basis(name), self.deltas(name)
             dropout = adapter.dropout if self.training else 0.0
+            if self.of_inference:
+                self.refuse_training(deltas)
             if y is None:
                 y = adapted_linear(self.base_layer, x, adapter.formula, basis, deltas, dropout)
             else:
