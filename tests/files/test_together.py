@@ -142,3 +142,13 @@ def test_who_waits_too_long_is_told(tmp_path, monkeypatch):
     assert (tmp_path / "new").read_text() == "x" and not (tmp_path / "place").exists()
     replace_together({tmp_path / "place": tmp_path / "new"})
     assert (tmp_path / "place").read_text() == "x"
+
+
+def test_what_is_no_folder(tmp_path, monkeypatch):
+    osora.save_adapter(model_of("native", 1), tmp_path)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(FileNotFoundError, match="the folder's name is empty"):
+        osora.adapter_info("")
+    assert osora.adapter_info(".").modules
+    with pytest.raises(FileNotFoundError, match=r"adapter_config\.json is a file, and an adapter is a folder"):
+        osora.adapter_info(tmp_path / "adapter_config.json")

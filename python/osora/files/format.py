@@ -163,6 +163,8 @@ def _is_size(value: Any) -> bool:
 
 def read_json(path: Path) -> dict[str, Any]:
     """The object in a configuration's file. Raises FileNotFoundError, or AdapterError for no JSON."""
+    if path.parent.is_file():
+        raise FileNotFoundError(f"no adapter here: {path.parent} is a file, and an adapter is a folder: give that")
     if not path.is_file():
         raise FileNotFoundError(f"no adapter here: {path} does not exist")
     try:
@@ -179,6 +181,8 @@ def read_description(folder: str | os.PathLike[str]) -> Description:
         FileNotFoundError: there is none.
         AdapterError: it is not one of osora's, or not complete and well-formed.
     """
+    if not os.fspath(folder):
+        raise FileNotFoundError("no adapter here: the folder's name is empty")
     path = Path(folder) / CONFIG_FILE
     return described(read_json(path), path)
 

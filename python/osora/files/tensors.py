@@ -93,8 +93,7 @@ def read_adapter(folder: str | os.PathLike[str]) -> SavedAdapter:
         FileNotFoundError: there is none.
         AdapterError: a damaged, incomplete or foreign file; tensors of PEFT's own beside the method's.
     """
-    folder = Path(folder)
-    description = read_description(folder)
+    description, folder = read_description(folder), Path(folder)
     if extras := description.extras() or ({"save_embedding_layers": True} if description.others else {}):
         key, value = next(iter(extras.items()))
         raise AdapterError(
