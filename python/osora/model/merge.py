@@ -10,14 +10,18 @@ from osora.layers.undo import AllOrNothing
 from osora.model.state import adapted_layers, refuse_sharded, state_of
 
 
+def _merge_one(name: str, layer: AdaptedLinear, requantize: bool) -> None:
+    try:
+        layer.merge(requantize)
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from error
+
+
 def merge_layers(layers: Mapping[str, AdaptedLinear], requantize: bool = False) -> None:
     """Merge all of them or, whatever stops it, none."""
     with AllOrNothing(*layers.values()):  # which holds the base weights that each merge keeps, and no more
         for name, layer in layers.items():
-            try:
-                layer.merge(requantize)
-            except ValueError as error:
-                raise ValueError(f"{name}: {error}") from error
+            _merge_one(name, layer, requantize)
 
 
 def merge(model: nn.Module, *, requantize: bool = False) -> nn.Module:
