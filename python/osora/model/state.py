@@ -147,7 +147,7 @@ def refuse_sharded(layers: Mapping[str, nn.Module], wish: str, cure: str = _GATH
         for key, tensor in layer.named_parameters():
             if hasattr(tensor, "full_tensor") or hasattr(tensor, "ds_id"):  # FSDP2's DTensor; under DeepSpeed's ZeRO 3
                 raise ValueError(f"{module}.{key} is sharded over processes, and cannot be {wish} there: {cure}")
-            if tensor.is_meta:
+            if tensor.is_meta and wish != "decomposed":  # which tells of osora.count_parameters, for shapes alone
                 raise ValueError(f"{module}.{key} is on the meta device and has no values, and cannot be {wish}")
 
 
