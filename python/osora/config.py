@@ -40,6 +40,14 @@ def _checked_names(where: str, value: Any) -> tuple[str, ...] | None:
     return names_or_regex(where, value)  # type: ignore[return-value]  # of a list it is a tuple
 
 
+def _targets(value: Any) -> str | tuple[str, ...]:
+    """As :func:`names_or_regex`; "all-linear" in any case, and alone in a list, as people write it for PEFT."""
+    alone = value[0] if isinstance(value, list | tuple) and len(value) == 1 else value
+    if isinstance(alone, str) and alone.lower() == ALL_LINEAR:
+        return ALL_LINEAR
+    return names_or_regex("target_modules", value)
+
+
 def _checked_int(where: str, value: Any, least: int) -> int:
     if isinstance(value, bool) or not isinstance(value, int):
         raise TypeError(f"{where} must be an int, got {value!r}")
@@ -114,7 +122,7 @@ class AdapterConfig:
         _checked_int("seed", self.seed, 0)
         if self.seed >= 2**63:
             raise ValueError(f"seed must be below 2**63, got {self.seed}")
-        put("target_modules", names_or_regex("target_modules", self.target_modules))
+        put("target_modules", _targets(self.target_modules))
         if self.exclude_modules is not None:
             put("exclude_modules", names_or_regex("exclude_modules", self.exclude_modules))
         for name in ("dropout", "tol", "rank_for_energy"):

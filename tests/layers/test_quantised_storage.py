@@ -141,7 +141,9 @@ def test_four_bits_replaced_and_restored(packed, nested, storage):
         layer.eval()(x)
     weight, state, bits = layer.weight, layer.quant_state, stored(layer)
     new = kind.dense(layer) + 0.01 * torch.randn(96, 128)
-    kept = kind.replace(layer, new)
+    held: list = []
+    kind.replace(layer, new, held.append)
+    (kept,) = held
     now = layer.weight
     assert type(now) is type(weight) and now.dtype == storage and kind.dtype(layer) == torch.bfloat16
     assert now.quant_state.nested == nested and now.quant_state.blocksize == state.blocksize
@@ -162,7 +164,9 @@ def test_eight_bits_replaced_and_restored(used):
         layer(x)
     weight, state, before = layer.weight, layer.state, kind.dense(layer)
     new = before + 0.01 * torch.randn(96, 128)
-    kept = kind.replace(layer, new)
+    held: list = []
+    kind.replace(layer, new, held.append)
+    (kept,) = held
     # half a step of 1/127 of each row's largest entry, and float16
     step = new.abs().amax(1, keepdim=True) / 127
     assert ((kind.dense(layer) - new).abs() <= step * (0.5 + 1e-2) + 1e-3 * new.abs()).all()

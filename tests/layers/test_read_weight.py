@@ -175,6 +175,36 @@ def test_many_functions_take_it():
         assert weight.tolist() == dense.tolist() and str(weight) == str(dense)
 
 
+@pytest.mark.filterwarnings("ignore:.torch.jit")  # torch's own, within jvp
+@pytest.mark.parametrize("conv1d", [False, True])
+@pytest.mark.parametrize("method", CONFIGS)
+@pytest.mark.parametrize("api", ["native", "peft"])
+def test_transforms_of_torch_func(api, method, conv1d):
+    """Gradients of each row's loss by grad and vmap are those of a loop of backwards."""
+    reader = adapted(Reader(conv1d=conv1d), api, method)
+    shake(reader)
+    x, parts = torch.randn(3, 12), {name: p.detach() for name, p in trained(reader).items()}
+
+    def loss(parts: dict[str, Tensor], row: Tensor) -> Tensor:
+        return torch.func.functional_call(reader, parts, (row[None],)).square().sum()
+
+    each = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0))(parts, x)
+    jacobian = torch.func.jacrev(loss)(parts, x[0])
+    tangents = {name: torch.ones_like(p) for name, p in parts.items()}
+    _, forward = torch.func.jvp(lambda parts: loss(parts, x[0]), (parts,), (tangents,))
+    total = 0.0
+    for i, row in enumerate(x):
+        reader.zero_grad()
+        loss(trained(reader), row).backward()
+        for name, p in trained(reader).items():
+            assert p.grad is not None and p.grad.abs().max() > 0
+            torch.testing.assert_close(each[name][i], p.grad, rtol=1e-4, atol=1e-5)
+            if i == 0:
+                torch.testing.assert_close(jacobian[name], p.grad, rtol=1e-4, atol=1e-5)
+                total += float(p.grad.sum())
+    assert abs(float(forward) - total) <= 1e-4 * (1 + abs(total))
+
+
 @pytest.mark.filterwarnings("ignore:.torch.jit", "ignore::torch.jit.TracerWarning")
 def test_it_compiles_and_traces():
     reader = adapted(Reader(), "native", "osora")

@@ -7,7 +7,7 @@ import pickle
 
 import pytest
 
-from osora import OsoraConfig
+from osora import OsoraConfig, SorsaConfig
 
 WRONG = [
     ({"r": 0}, ValueError, "r must be at least 1, got 0"),
@@ -120,3 +120,12 @@ def test_rank_for():
     assert config.rank_for("q_proj") == 1
     for name in ("model.layers.0.mlp.gate_proj", "model.eq_proj", "model.layers.11.k_proj"):
         assert config.rank_for(name) == 9, name
+
+
+@pytest.mark.parametrize(
+    "value", ["ALL-LINEAR", "All-Linear", ["all-linear"], ("all-linear",), ["ALL-LINEAR"]], ids=str
+)
+@pytest.mark.parametrize("kind", [OsoraConfig, SorsaConfig])
+def test_all_linear_as_people_write_it(kind, value):
+    assert kind(target_modules=value).target_modules == "all-linear"
+    assert kind(target_modules=["all-linear", "head"]).target_modules == ("all-linear", "head")

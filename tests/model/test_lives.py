@@ -203,6 +203,23 @@ def test_weights_of_inference_mode_are_refused():
     assert not adapted_layers(model)
 
 
+@pytest.mark.parametrize("api", ["native", "peft"])
+def test_what_came_and_was_made_in_inference_mode_is_served_and_not_trained(api):
+    with torch.inference_mode():
+        model = Net()
+        if api == "native":
+            osora.attach(model, osora.OsoraConfig(r=4))
+        else:
+            model = get_peft_model(model, osora.peft.OsoraConfig(r=4, target_modules=["a", "b", "c"]))
+        served = model(X)
+    with pytest.raises(
+        RuntimeError, match=r"made within torch\.inference_mode\(\), and nothing can be trained on it: load"
+    ):
+        model(X)
+    with torch.no_grad():
+        assert torch.equal(model(X), served)
+
+
 @pytest.mark.parametrize("plan", ["split", "materialised"])
 def test_evaluation_in_inference_mode_between_steps(plan):
     model = adapted()

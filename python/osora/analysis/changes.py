@@ -8,7 +8,7 @@ principal angles, and each counts by the gap that sets it apart.
 
 import math
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -244,11 +244,17 @@ def weight_changes(
         ValueError: nothing in common, a model's layer that the other side does not have, shapes that differ, no
             ``after`` for what has no adapter, what :func:`weight_change` raises.
         FileNotFoundError: no such folder.
+        TypeError: ``before`` or ``after`` is none of these.
     """
     if after is None:
         if not (isinstance(before, nn.Module) and any(hasattr(module, "base_layer") for module in before.modules())):
             raise ValueError("without after, before must be a model with an adapter, whose base it is compared with")
         after = before
+    for name, side in (("before", before), ("after", after)):
+        if not isinstance(side, nn.Module | Mapping | str | os.PathLike):
+            raise TypeError(
+                f"{name} must be a model, the folder of a saved one or tensors by name, got a {type(side).__name__}"
+            )
     return Changes(
         tuple(
             weight_change(first, second, rank=rank, tol=tol, seed=seed, name=name)

@@ -30,8 +30,10 @@ from osora.layers.adapted import AdaptedLinear
 from osora.layers.known_base import KnownBase, known_base
 from osora.layers.sharded import is_sharded, one_writes, ranks_of, whole
 from osora.layers.whole_module import WholeModule
+from osora.model.readers import read_layers
 from osora.model.state import (
     adapted_layers,
+    refuse_incomplete,
     refuse_sharded,
     state_of,
     trained_whole,
@@ -91,8 +93,8 @@ def save_adapter(
         name: which of several adapters; None for the active one. The name itself is not in the file.
 
     Raises:
-        ValueError: no adapter, none of that name, NaN or infinite values in it, or a module that it trains whole is in
-            the model no more, or sharded.
+        ValueError: no adapter, none of that name, NaN or infinite values in it, a module that has lost it, or one that
+            it trains whole and that is in the model no more, or sharded.
         RuntimeError: the model is sharded over processes (FSDP2, ZeRO 3), and not all of them have called this; or the
             first of them, which alone writes, could not (docs/distributed.md).
         OSError: the folder cannot be written.
@@ -101,6 +103,7 @@ def save_adapter(
     state = state_of(model).of(adapter)
     config, layers = state.config, adapted_layers(model, adapter)
     wholes = trained_whole(model, adapter)
+    refuse_incomplete(model, adapter)
     refuse_sharded(wholes, "saved")
     parts = [p for layer in layers.values() for p in layer.parameters() if is_sharded(p)]
     with one_writes(ranks_of(parts[0]) if parts else [], "save_adapter") as writes:
@@ -165,6 +168,7 @@ def _write(
         others=tuple(sorted(others)),
         basis=state.basis,
         whole=tuple(describe_whole(where, values) for where, values in saved.items()) or None,
+        read=tuple(read_layers(uncompiled(model), layers, state_of(model).readers.names)),
     )
     write_adapter(folder, tensors, description.contents(), read_back)
     keep_card(info_of(folder, description, config))

@@ -13,7 +13,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from osora.files.base_folder import BaseFolder
-from osora.files.format import holds_adapter, write_adapter
+from osora.files.format import holds_adapter, read_description, write_adapter
 from osora.files.info import info_of_saved, stored_changes
 from osora.files.load import load_layers
 from osora.files.lora import Reader, heads_named_by, heads_of, model_options, saved_whole
@@ -21,8 +21,9 @@ from osora.files.tensors import read_adapter
 from osora.layers.adapted import AdaptedLinear
 from osora.layers.base_weight import dense_weight, is_conv1d
 from osora.layers.whole_module import WholeModule
+from osora.model.readers import read_in_kind, read_layers
 from osora.model.state import adapted_layers, all_layers, refuse_sharded, state_of, trained_whole
-from osora.model.targets import base_modules
+from osora.model.targets import base_modules, uncompiled
 
 # Endings of transformers' class names, and what PEFT calls their tasks.
 _TASKS = {
@@ -96,8 +97,9 @@ def _whole_modules(
 
 
 def _from_model(model: nn.Module, name: str | None) -> _Source:
-    adapter = state_of(model).active if name is None else name
-    state_of(model).of(adapter)
+    state = state_of(model)
+    adapter = state.active if name is None else name
+    state.of(adapter)
     layers = adapted_layers(model, adapter)
     wholes = trained_whole(model, adapter)
     refuse_sharded({**layers, **wholes}, "exported")
@@ -114,7 +116,7 @@ def _from_model(model: nn.Module, name: str | None) -> _Source:
         any(is_conv1d(layer.base_layer) for layer in layers.values()),
         getattr(model, "name_or_path", None) or None,
         task,
-        Reader.of(names, model_options(model), heads),
+        Reader.of(names, model_options(model), heads, read_layers(uncompiled(model), factors, state.readers.names)),
         whole,
         ends,
     )
@@ -130,6 +132,15 @@ def _config_of(folder: str | None) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
+def _read(folder: Path, options: Mapping[str, Any], names: Iterable[str]) -> set[str]:
+    """The layers that the model reads: as its adapter's file says, and by the model's kind, if that is known."""
+    description = read_description(folder)
+    library = str((description.options.get("auto_mapping") or {}).get("parent_library"))
+    if (kind := re.match(r"transformers\.models\.(\w+)\.", library)) and not options.get("model_type"):
+        options = {"model_type": kind[1]}
+    return {*description.read, *read_in_kind(options, names)}
+
+
 def _from_folder(folder: Path, base: str | os.PathLike[str] | None) -> _Source:
     saved = read_adapter(folder)
     info, trained = info_of_saved(folder, saved), saved.whole
@@ -143,7 +154,8 @@ def _from_folder(folder: Path, base: str | os.PathLike[str] | None) -> _Source:
     if base is None:
         factors = stored_changes(folder, saved)
         task = None if heads_named_by(info.task) else info.task
-        reader = Reader.of(list(factors), _config_of(info.base_model), ends)
+        options = _config_of(info.base_model)
+        reader = Reader.of(list(factors), options, ends, _read(folder, options, factors))
         return _Source(factors, False, info.base_model, task, reader, whole, ends)
     checkpoint = BaseFolder(base)
     places = checkpoint.places(info)
@@ -156,7 +168,7 @@ def _from_folder(folder: Path, base: str | os.PathLike[str] | None) -> _Source:
         any(place.transposed for place in places.values()),
         info.base_model or str(base),
         None if heads_named_by(task) else task,
-        Reader.of(list(factors), checkpoint.config, ends),
+        Reader.of(list(factors), checkpoint.config, ends, _read(folder, checkpoint.config, factors)),
         whole,
         ends,
     )
@@ -184,6 +196,8 @@ def _config(source: _Source, ranks: Mapping[str, int]) -> dict[str, Any]:
 
 
 def _refuse_meaningless(source: object, path: Path, base: object, name: str | None) -> None:
+    if not isinstance(source, nn.Module | str | os.PathLike):
+        raise TypeError(f"source must be a model or the folder of a saved adapter, got a {type(source).__name__}")
     if holds_adapter(path):
         raise ValueError(f"{path} holds an adapter, which a LoRA of the same file names would replace")
     if not isinstance(source, nn.Module):
@@ -253,11 +267,13 @@ def export_lora(
     Raises:
         FileNotFoundError: no adapter, or no base, in the folder.
         AdapterError: a damaged adapter, another base, or no basis in the file and no base given.
-        ValueError: the model has no such adapter; layers that PEFT would not find, or that it refuses, by name; a layer
-            that the model has under two names, of which PEFT would adapt one; NaN or infinite values; ``base`` or
-            ``name`` where it has no meaning; ``path`` holds an adapter of osora's, be it this one; a model with PEFT
-            around it, of which the saved folder is to be given.
+        ValueError: the model has no such adapter; layers that PEFT would not find, that it refuses, or whose weights
+            the model reads itself, so that a LoRA does nothing there, by name; a layer that the model has under two
+            names, of which PEFT would adapt one; NaN or infinite values; ``base`` or ``name`` where it has no meaning;
+            ``path`` holds an adapter of osora's, be it this one; a model with PEFT around it, of which the saved folder
+            is to be given.
         OSError: the folder cannot be written.
+        TypeError: ``source`` is neither a model nor a path.
     """
     _refuse_meaningless(source, Path(path), base, name)
     found = _from_model(source, name) if isinstance(source, nn.Module) else _from_folder(Path(source), base)

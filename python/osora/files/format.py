@@ -18,6 +18,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
+from osora.files.together import replace_together
 from osora.files.whole import finish, temporary_beside, why_unreadable
 from osora.layers import fingerprint
 from osora.model.state import BasisNote
@@ -116,6 +117,7 @@ class Description:
     others: tuple[str, ...] | None = None  # the file's further tensors by name: whole modules, rows, embeddings
     whole: tuple[dict[str, Any], ...] | None = None  # of others, an entry for each module that was trained whole
     basis: BasisNote | None = None  # which kept basis it came from
+    read: tuple[str, ...] = ()  # modules whose weights the model read itself, so that a plain LoRA is not this adapter
 
     @property
     def kinds(self) -> tuple[str, ...]:
@@ -145,7 +147,8 @@ class Description:
         others = {"others": list(self.others)} if self.others else {}
         basis = {"basis": asdict(self.basis)} if self.basis else {}
         whole = {"whole": list(self.whole)} if self.whole else {}
-        return self.options | {BLOCK: block | others | whole | basis | {"modules": modules}}
+        read = {"read": list(self.read)} if self.read else {}
+        return self.options | {BLOCK: block | others | whole | basis | read | {"modules": modules}}
 
     def whole_keys(self, keys: Iterable[str]) -> tuple[dict[str, dict[str, str]], list[str]]:
         """Of a file's further ``keys``: module trained whole → name within it → key; and the keys of no such module.
@@ -186,6 +189,8 @@ def _is_size(value: Any) -> bool:
 
 def read_json(path: Path) -> dict[str, Any]:
     """The object in a configuration's file. Raises FileNotFoundError, or AdapterError for no JSON."""
+    if path.parent.is_file():
+        raise FileNotFoundError(f"no adapter here: {path.parent} is a file, and an adapter is a folder: give that")
     if not path.is_file():
         raise FileNotFoundError(f"no adapter here: {path} does not exist")
     try:
@@ -202,6 +207,8 @@ def read_description(folder: str | os.PathLike[str]) -> Description:
         FileNotFoundError: there is none.
         AdapterError: it is not one of osora's, or not complete and well-formed.
     """
+    if not os.fspath(folder):
+        raise FileNotFoundError("no adapter here: the folder's name is empty")
     path = Path(folder) / CONFIG_FILE
     return described(read_json(path), path)
 
@@ -251,7 +258,10 @@ def described(config: Mapping[str, Any], path: Path) -> Description:
         raise AdapterError(f"{path}: others is no list of tensors' names")
     others = None if others is None else tuple(others)
     whole, basis = _whole(path, block, others or ()), _basis_note(path, block.get("basis"))
-    return Description(path, method, options, block["save_basis"], modules, others, whole, basis)
+    read = block.get("read", [])
+    if not (isinstance(read, list) and all(isinstance(name, str) for name in read)):
+        raise AdapterError(f"{path}: read is no list of modules' names")
+    return Description(path, method, options, block["save_basis"], modules, others, whole, basis, tuple(read))
 
 
 def _whole(path: Path, block: Mapping[str, Any], others: Sequence[str]) -> tuple[dict[str, Any], ...] | None:
@@ -363,13 +373,12 @@ def write_adapter(
         except SafetensorError as error:  # its name for a disk that is full
             raise OSError(f"{paths[0]} cannot be written, and what was there is left: {error}") from error
         new_config.write_text(config_text(config), encoding="utf-8")
-        # Both are whole before either takes its place; the digests tell if a crash parts these two lines.
+        # both are whole before either takes its place
         for new in (new_tensors, new_config):
             finish(new)
         if check is not None:
             check(new_config, new_tensors)
-        os.replace(new_tensors, paths[0])
-        os.replace(new_config, paths[1])
+        replace_together({paths[0]: new_tensors, paths[1]: new_config})
 
 
 __all__ = [

@@ -28,6 +28,7 @@ from osora.layers.base_weight import base_weight
 from osora.layers.formulas import formula_of
 from osora.layers.known_base import KnownBase, know_bases
 from osora.layers.linears import make_layer
+from osora.layers.undo import AllOrNothing
 from osora.model.attach import install, install_beside
 from osora.model.decompose import decompose_targets
 from osora.model.fresh import cure_of, fresh_parts, warn_of_fresh
@@ -238,13 +239,14 @@ def _put_on(
 
     copies = saved_copies(model, wholes, adapter, name)
     # All is checked: the model changes from here on.
-    for target, layer in joined:
-        if target.name in factors:
-            layer.widen(factors[target.name])
-        saved = adapter.tensors[target.name]
-        layer.add_adapter(name, formula, {kind: saved[kind] for kind in formula.kinds})
-    put = install_beside if there else install
-    whole = [each.name for each in wholes]
-    state = AdapterState(config, time.perf_counter() - began, whole=whole, basis=description.basis)
-    put(model, new, copies, name, state)
+    with AllOrNothing(model):
+        for target, layer in joined:
+            if target.name in factors:
+                layer.widen(factors[target.name])
+            saved = adapter.tensors[target.name]
+            layer.add_adapter(name, formula, {kind: saved[kind] for kind in formula.kinds})
+        put = install_beside if there else install
+        whole = [each.name for each in wholes]
+        state = AdapterState(config, time.perf_counter() - began, whole=whole, basis=description.basis)
+        put(model, new, copies, name, state)
     return model

@@ -82,14 +82,18 @@ class Reader:
     experts: bool
     heads: tuple[str, ...] = ()
     """Modules that are saved whole."""
+    read: tuple[str, ...] = ()
+    """Layers that the model does not call: it reads their weights, past any LoRA."""
 
     @classmethod
-    def of(cls, names: Sequence[str], options: Mapping[str, Any], heads: Sequence[str] = ()) -> "Reader":
+    def of(
+        cls, names: Sequence[str], options: Mapping[str, Any], heads: Sequence[str] = (), read: Iterable[str] = ()
+    ) -> "Reader":
         """``options``: the model's ``config.json``, or nothing where it is not known, and the names have to tell."""
         kind = options.get("model_type")
         experts = _has_experts(options) or any("expert" in name for name in names)
         experts = experts or (kind is None and _uneven(names))
-        return cls(tuple(names), kind if isinstance(kind, str) else None, experts, tuple(heads))
+        return cls(tuple(names), kind if isinstance(kind, str) else None, experts, tuple(heads), tuple(read))
 
     def is_parameter(self, name: str) -> bool:
         """Whether a layer can be named to PEFT as a parameter alone: as a module it would be taken for experts."""
@@ -130,6 +134,12 @@ class Reader:
             raise ValueError(
                 f"PEFT refuses a LoRA on {', '.join(_READ_PAST)} of a {self.kind}, whose kernels read the weights past "
                 f"the layers: {_some(refused)}. Leave them out when training (exclude_modules), or merge the adapter"
+            )
+        if dead := [name for name in wanted if name in self.read]:
+            raise ValueError(
+                f"the model reads the weights of {_some(dead)} itself instead of calling these layers, and a LoRA of "
+                "PEFT does nothing there: merge the adapter (osora.merge, osora merge), or leave them out when "
+                "training (exclude_modules)"
             )
         found = self._found(config)
         if config["fan_in_fan_out"] and config.get("target_parameters"):

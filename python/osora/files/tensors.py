@@ -132,8 +132,7 @@ def read_adapter(folder: str | os.PathLike[str]) -> SavedAdapter:
         FileNotFoundError: there is none.
         AdapterError: a damaged, incomplete or foreign file; tensors beside the method's that are no whole module's.
     """
-    folder = Path(folder)
-    description = read_description(folder)
+    description, folder = read_description(folder), Path(folder)
     _refuse_others(description)
     path = folder / TENSOR_FILE
     with opened(path) as file:

@@ -11,51 +11,22 @@ from osora import reference
 from osora.layers.base_weight import (
     base_weight,
     dense_weight,
-    has_global_hooks,
     has_hooks,
     is_quantised,
     oriented_weight,
 )
-from osora.layers.batch import RowAdapters
-from osora.layers.formulas import Basis, Deltas, Formula, leading, owned
+from osora.layers.batch import RowAdapters, weight_of_rows
+from osora.layers.branch import adapted_linear
+from osora.layers.formulas import Basis, Formula, leading, owned
 from osora.layers.kept import KeepsBase, replace_values, uncast
 from osora.layers.materialised import Materialised
 from osora.layers.offloaded import is_offloaded
-from osora.layers.quantised import kind_of
 from osora.layers.read_weight import Place, read_weight
 from osora.layers.together import linear_together
 from osora.ops.materialised import linear_materialised, refresh
 from osora.svd.certificate import Decomposition
 
 DEFAULT = "default"  # the name of an adapter that was given none
-
-
-def adapted_linear(
-    base: nn.Module, x: Tensor, formula: Formula, basis: Basis, deltas: Deltas, dropout: float = 0.0
-) -> Tensor:
-    """What a base layer gives with one adapter: y [..., out_features].
-
-    The base layer is called where calling it does more than its product, where it alone can read its quantised weight,
-    and where dropout gives the branch another x.
-
-    Args:
-        base: ``torch.nn.Linear``, transformers' ``Conv1D``, or a quantised layer that is known.
-        x: [..., in_features].
-        formula: the adapter's method.
-        basis: U, V and S0 of the adapter's rank.
-        deltas: the adapter's tensors, in the order of ``formula.kinds``.
-        dropout: probability for the entries of the branch's x, 0 where the layer is not training.
-    """
-    hooked, kind = has_hooks(base), kind_of(base)
-    if hooked or dropout > 0 or kind is not None:
-        if kind is not None and x.requires_grad:
-            kind.check_gradient(base)
-        branch, y = nn.functional.dropout(x, dropout) if dropout > 0 else x, base(x)
-        # hooks may keep y; autograd lets nobody write to a view that a function of Python's gave, as bitsandbytes' do
-        if hooked or has_global_hooks() or (kind is not None and y._is_view()):
-            return y + formula.linear(branch, None, None, basis, deltas)
-        return formula.add_(y, branch, basis, deltas)
-    return formula.linear(x, oriented_weight(base), base.bias, basis, deltas)  # type: ignore[arg-type]
 
 
 class AdaptedLinear(KeepsBase):
@@ -114,12 +85,19 @@ class AdaptedLinear(KeepsBase):
             zeros = torch.zeros(shape, dtype=exact, device=device)
             self.register_parameter(kind, nn.Parameter(zeros, requires_grad=kind in formula.trained))
         self.base_kept = []
+        self.of_inference = base_layer.weight.is_inference()  # type: ignore[operator, union-attr]
         self.train(base_layer.training)
 
     @property
     def weight(self) -> Tensor:
-        """``W0 + ΔW`` for models that read it: the base layer's own where no adapter is on, or where it is merged."""
-        if self.merged or not self.enabled or self.adapter is None or self.batch is not None:
+        """``W0 + ΔW`` for models that read it: the base layer's own where no adapter is on, or where it is merged.
+
+        Within a batch of several adapters it is that of the one that all rows have; its values are refused if they
+        have several (:func:`osora.layers.batch.weight_of_rows`).
+        """
+        if not self.merged and self.enabled and self.batch is not None:
+            return weight_of_rows(self.base_layer, [(self.batch, self.basis(self.S0.numel()))], self.place)
+        if self.merged or not self.enabled or self.adapter is None:
             return self.base_layer.weight  # type: ignore[return-value]
         part = self.formula(self.adapter), self.basis(), self.deltas(self.adapter)
         return read_weight(self.base_layer, [part], self.place)
@@ -154,6 +132,8 @@ class AdaptedLinear(KeepsBase):
         if self.together and (y := linear_together(self, x)) is not None:
             return y
         formula, deltas, basis = self.formula(self.adapter), self.deltas(self.adapter), self.basis()
+        if self.of_inference:
+            self.refuse_training(deltas)
         dropout = self.dropout if self.training else 0.0
         if self._materialised is None or dropout > 0 or has_hooks(self.base_layer):
             return adapted_linear(self.base_layer, x, formula, basis, deltas, dropout)
@@ -336,7 +316,7 @@ class AdaptedLinear(KeepsBase):
             self.refuse_quantised(
                 "run it unmerged, dequantise the base before, or call osora.merge(model, requantize=True)"
             )
-        self.put_merged(dense_weight(self.base_layer).to(self.S0.dtype) + self.delta_weight())
+        self.put_merged(self.base_dense().to(self.S0.dtype) + self.delta_weight())
         if self._materialised is not None:  # nobody asks for it while the layer is merged
             self._materialised.drop()
 

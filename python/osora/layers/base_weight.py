@@ -41,7 +41,7 @@ def oriented_weight(module: Any) -> Tensor:
     Raises:
         ValueError: the layer was exchanged for one whose weight is no tensor.
     """
-    weight = module.weight
+    weight = getattr(module, "weight", None)
     if not isinstance(weight, Tensor):
         raise ValueError(
             f"the base layer is a {type(module).__module__}.{type(module).__qualname__}, whose weight is no tensor: it "

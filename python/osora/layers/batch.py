@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from osora import ops
 from osora.layers.formulas import Basis, Deltas, Formula, leading
+from osora.layers.read_weight import Place, read_weight
 
 
 @dataclass(frozen=True)
@@ -20,6 +21,7 @@ class RowAdapters(ABC):
     rows: int
     dropout: bool  # whether one of the batch's adapters is to be trained with dropout
     trainable: bool  # whether a parameter behind them requires a gradient
+    everywhere: tuple[Formula, Deltas] | None  # the adapter that all rows have, if they have one
 
     def check(self, x: Tensor, training: bool) -> None:
         """Raise ValueError or RuntimeError for an x or a mode that the batch is not for."""
@@ -30,6 +32,9 @@ class RowAdapters(ABC):
             )
         if training and self.dropout:
             raise ValueError("adapters_in_batch is for inference, and an adapter has dropout: call model.eval() first")
+        self._check_gradient()
+
+    def _check_gradient(self) -> None:
         if self.trainable and torch.is_grad_enabled():
             raise RuntimeError(
                 "adapters_in_batch is for inference, and an adapter requires a gradient: run it under torch.no_grad()"
@@ -47,6 +52,39 @@ class RowAdapters(ABC):
     @abstractmethod
     def add(self, y: Tensor, x: Tensor, basis: Basis) -> Tensor:
         """Y of the base plus the branches, as a tensor of its own."""
+
+
+def weight_of_rows(base_layer: nn.Module, batch: Sequence[tuple[RowAdapters, Basis]], place: Place) -> Tensor:
+    """The weight of a layer whose model reads it within a batch: that of the adapter which all rows have.
+
+    Args:
+        base_layer: the layer without adapters; its own weight is given where all rows are the base's.
+        batch: groups of the batch's adapters, each with the basis that its adapters share.
+        place: the layer's.
+
+    Returns:
+        The weight, as the model stores it. Where rows have several adapters, or some have none, values of it raise
+        ValueError as they are asked for: one weight cannot be each row's own. Its shape and dtype are known.
+    """
+    used = [(rows, basis) for rows, basis in batch if not rows.is_empty]
+    if not used:
+        return base_layer.weight  # type: ignore[return-value]
+    rows, basis = used[0]
+
+    def check() -> None:
+        if rows.everywhere is None or len(used) > 1:
+            raise ValueError(
+                f"the model reads {place.name}.weight itself instead of calling the layer, and within a batch of "
+                "several adapters one weight cannot be each row's own: give all rows of the batch one adapter, or "
+                "leave the layer out of the adapters when they are trained (exclude_modules)"
+            )
+        rows._check_gradient()
+
+    parts = []
+    if rows.everywhere is not None:
+        formula, deltas = rows.everywhere
+        parts.append((formula, leading(basis, formula.rank(deltas)), deltas))
+    return read_weight(base_layer, parts, place, check)
 
 
 @dataclass(frozen=True)
@@ -134,10 +172,18 @@ class RowTables:
             self._shared[key] = torch.tensor(values, dtype=torch.int64, device=device)
         return self._shared[key]
 
+    def _everywhere(self, here: Sequence["AdapterOfBatch"]) -> tuple[Formula, Deltas] | None:
+        if len(here) != 1 or any(name != here[0].name for name in self.names):
+            return None
+        return here[0].formula, [t.detach().clone() for t in here[0].deltas]
+
     def of(self, here: Sequence[AdapterOfBatch], S0: Tensor, out_features: int) -> RowAdapters:
         """For a layer that has the adapters ``here``, in a basis of singular values S0 [r]. Needs no_grad."""
-        dropout = any(adapter.dropout > 0 for adapter in here)
-        common = len(self.names), dropout, any(p.requires_grad for adapter in here for p in adapter.deltas)
+        dropout, trainable = (
+            any(adapter.dropout > 0 for adapter in here),
+            any(p.requires_grad for adapter in here for p in adapter.deltas),
+        )
+        common = len(self.names), dropout, trainable, self._everywhere(here)
         if any(not adapter.formula.standard for adapter in here):
             each = []
             for name, formula, deltas, _ in here:

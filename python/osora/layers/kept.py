@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """A merged weight in the base weight's place, and back: the native layer's way, and that of PEFT's."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from osora.layers.base_weight import is_conv1d, is_quantised
+from osora.layers.base_weight import dense_weight, is_conv1d, is_quantised
 from osora.layers.known_base import KnownBase
 from osora.layers.offloaded import is_offloaded
 from osora.layers.quantised import AsItWas, Kept, kind_of, restore
@@ -18,6 +18,9 @@ class KeepsBase(nn.Module):
 
     base_layer: nn.Module
     base_kept: list[Kept]  # one while the layer is merged
+    out_features: int
+    in_features: int
+    of_inference: bool = False  # whether the base weight was made within torch.inference_mode()
     known: KnownBase | None = None  # the base weight's fingerprint, once it was taken
 
     def base(self) -> Any:
@@ -38,7 +41,7 @@ class KeepsBase(nn.Module):
                 "accelerate has offloaded the base weight, and would take a merged one away with it: merge on disk "
                 "(osora.merge_saved), or load the model without offloading"
             )
-        own = self.base_kept[0].weight if self.base_kept else self.base_layer.weight
+        own = self.base_kept[0].weight if self.base_kept else getattr(self.base_layer, "weight", None)
         if isinstance(own, Tensor) and not isinstance(own, nn.Parameter):
             raise ValueError(
                 "the base weight is computed anew in each forward (pruned, or parametrised), so that nothing can be "
@@ -46,6 +49,30 @@ class KeepsBase(nn.Module):
                 "parametrize.remove_parametrizations"
             )
         return own  # type: ignore[return-value]  # what is no tensor at all is told where it is read
+
+    def refuse_training(self, deltas: Iterable[Tensor]) -> None:
+        """Raise RuntimeError where a gradient would be needed past a weight of inference mode."""
+        if torch.is_grad_enabled() and any(delta.requires_grad for delta in deltas):
+            raise RuntimeError(
+                "the base weight was made within torch.inference_mode(), and nothing can be trained on it: load the "
+                "model outside of it (torch.no_grad() serves as well), or run this one under torch.inference_mode()"
+            )
+
+    def base_dense(self) -> Tensor:
+        """The base weight [out_features, in_features] to sum a merged one from, as :func:`dense_weight` gives it.
+
+        Raises:
+            ValueError: the layer was exchanged for one of other sizes or without a weight, or is on the meta device.
+        """
+        weight, wanted = dense_weight(self.base()), (self.out_features, self.in_features)
+        if tuple(weight.shape) != wanted:
+            raise ValueError(
+                f"the base weight is {list(weight.shape)}, and the adapter is for one of {list(wanted)}: the base "
+                "layer was exchanged after the adapter had come: put it back, or detach first"
+            )
+        if weight.is_meta:
+            raise ValueError("the base weight is on the meta device and has no values: load the weights first")
+        return weight
 
     def refuse_computed(self) -> None:
         """Raise ValueError where the base weight is no parameter, so that nothing can take its place."""
@@ -61,7 +88,7 @@ class KeepsBase(nn.Module):
         if (kind := kind_of(self.base_layer)) is not None:
             if not bool(total.isfinite().all()):
                 raise ValueError("merging gives NaN or infinite weights")
-            self.base_kept.append(kind.replace(self.base_layer, total))
+            kind.replace(self.base_layer, total, self.base_kept.append)
             return
         own = self._own_weight()
         merged = total.to(own.dtype)

@@ -7,7 +7,7 @@ four-bit codes may lie in a tensor that says it is float32.
 
 import copy
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -64,8 +64,8 @@ class Kind(Protocol):
     def digest(self, module: nn.Module) -> str:
         """SHA-256 of the codes, hexadecimal: the same however the layer packs them."""
 
-    def replace(self, module: nn.Module, weight: Tensor) -> Kept:
-        """Put ``weight`` [out_features, in_features] in, quantised as the layer's own; hand over what was there."""
+    def replace(self, module: nn.Module, weight: Tensor, keep: Callable[[Kept], None]) -> None:
+        """Put ``weight`` [out_features, in_features] in, quantised as its own, after ``keep`` has what is there."""
 
     def check_gradient(self, module: nn.Module) -> None:
         """Raise RuntimeError where the layer, as it is now, would give its x a wrong gradient."""
@@ -160,7 +160,7 @@ class Bnb4bit:
         return _hash(f"{self.name(module)}|{d}|{k}|{self._state(module).blocksize}|", self._codes(module))
 
     @torch.no_grad()
-    def replace(self, module: Any, weight: Tensor) -> Kept:
+    def replace(self, module: Any, weight: Tensor, keep: Callable[[Kept], None]) -> None:
         """Quantised as the layer's own weight is."""
         from bitsandbytes.nn import Params4bit
 
@@ -175,9 +175,8 @@ class Bnb4bit:
             quant_storage=module.quant_storage,
         ).to(weight.device)
         new.quant_state.dtype = self.dtype(module)  # it was quantised from float32, without a rounding in between
-        kept = Kept(old, {"quant_state": module.quant_state})
+        keep(Kept(old, {"quant_state": module.quant_state}))
         module.weight, module.quant_state = new, new.quant_state
-        return kept
 
     def check_gradient(self, module: Any) -> None:
         """Raise RuntimeError for the order of codes that has a product without a derivative."""
@@ -249,21 +248,20 @@ class Bnb8bit:
         return _hash(f"{self.name(module)}|{d}|{k}|", codes, scales.float())
 
     @torch.no_grad()
-    def replace(self, module: Any, weight: Tensor) -> Kept:
+    def replace(self, module: Any, weight: Tensor, keep: Callable[[Kept], None]) -> None:
         """Quantised as the layer's own weight is."""
         from bitsandbytes import functional
         from bitsandbytes.nn import Int8Params
 
-        kept = Kept(module.weight, {"state": module.state})
         half = weight.to(torch.float16)
         if not bool(half.isfinite().all()):
             raise ValueError("merging gives weights beyond float16, from which bitsandbytes quantises to 8 bits")
         codes, scales, _ = functional.int8_vectorwise_quant(half)
         state = copy.copy(module.state)
         state.reset_grads()
+        keep(Kept(module.weight, {"state": module.state}))
         module.weight = Int8Params(codes, requires_grad=False, has_fp16_weights=False, CB=codes, SCB=scales)
         module.state = state
-        return kept
 
     def check_gradient(self, module: Any) -> None:
         """Nothing to refuse."""

@@ -7,6 +7,7 @@ first function that needs values makes them, and their gradient is that of the a
 """
 
 import logging
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -22,6 +23,17 @@ from osora.reference import accumulate_dtype
 log = logging.getLogger("osora")
 
 
+_CALL = nn.Module._call_impl.__code__
+
+
+def _within_a_module() -> bool:
+    """Whether a module is being called now."""
+    frame = sys._getframe()
+    while frame is not None and frame.f_code is not _CALL:
+        frame = frame.f_back  # type: ignore[assignment]
+    return frame is not None
+
+
 @dataclass
 class Readers:
     """The adapted layers of a model whose weights something has read."""
@@ -29,8 +41,8 @@ class Readers:
     names: list[str] = field(default_factory=list)
 
     def add(self, name: str) -> None:
-        """Remember a layer, and say so once a model."""
-        if name in self.names:
+        """Remember a layer, and say so once a model; but not where someone looks at a weight between two forwards."""
+        if name in self.names or not _within_a_module():
             return
         self.names.append(name)
         if len(self.names) == 1:
@@ -142,17 +154,24 @@ class _Linked(torch.autograd.Function):
         return None, None, *(next(found) if yes else None for yes in needed)
 
 
-def read_weight(base_layer: nn.Module, parts: Sequence[tuple[Formula, Basis, Deltas]], place: Place) -> Tensor:
+def read_weight(
+    base_layer: nn.Module,
+    parts: Sequence[tuple[Formula, Basis, Deltas]],
+    place: Place,
+    check: Callable[[], None] | None = None,
+) -> Tensor:
     """``W0 + Σ ΔW`` of adapters on a layer, for a model that reads the weight: in W0's layout, dtype and place.
 
-    It is summed in float32 (float64) and rounded once, as a merge is, when values are asked for. A quantised base is
-    given as it is stored.
+    It is summed in float32 (float64) and rounded once, as a merge is, when values are asked for; ``check``, if given,
+    is called before and may refuse them. A quantised base is given as it is stored.
     """
     weight: Tensor = base_layer.weight  # type: ignore[assignment]
     if is_quantised(base_layer):
         return weight
 
     def make() -> Tensor:
+        if check is not None:
+            check()
         total = oriented_weight(base_layer).to(accumulate_dtype(weight.dtype))
         for formula, basis, deltas in parts:
             left, right = formula.traced_factors(basis, deltas)
@@ -161,6 +180,8 @@ def read_weight(base_layer: nn.Module, parts: Sequence[tuple[Formula, Basis, Del
         return total.t() if is_conv1d(base_layer) else total
 
     if torch.compiler.is_compiling() or torch.jit.is_tracing():
+        return make()
+    if torch._C._functorch.peek_interpreter_stack() is not None:  # torch.func differentiates and batches the sum itself
         return make()
     source = Source(make, place)
     tensors = [weight, *(delta for _, _, deltas in parts for delta in deltas)]

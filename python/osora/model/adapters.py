@@ -17,6 +17,7 @@ from osora.layers.base_weight import dense_weight
 from osora.layers.batch import AdapterOfBatch, RowAdapters, RowTables
 from osora.layers.formulas import formula_of
 from osora.layers.linears import make_layer
+from osora.layers.undo import AllOrNothing
 from osora.model.attach import install_beside, unwrap
 from osora.model.decompose import as_asked, decompose_targets, notes_of, with_enough
 from osora.model.fresh import fresh_parts
@@ -72,16 +73,18 @@ def set_adapter(model: nn.Module, name: str) -> nn.Module:
     refuse_wrapped(model)
     refuse_sharded(all_layers(model), "given another adapter", "choose the adapter before the model is sharded")
     trainable = any(parameter.requires_grad for parameter in adapter_parameters(model))
-    for parameter in adapter_parameters(model):
-        parameter.requires_grad_(False)
-    for layer in all_layers(model).values():
-        layer.select_adapter(name)
-        layer.dropout = adapter.config.dropout
-    for whole in whole_modules(model).values():
-        whole.select_adapter(name)
-    state.active = name
-    for parameter in adapter_parameters(model):
-        parameter.requires_grad_(trainable)
+    layers, wholes = all_layers(model).values(), whole_modules(model).values()
+    with AllOrNothing(*layers, *wholes, others=(state,), alone=True):
+        for parameter in adapter_parameters(model):
+            parameter.requires_grad_(False)
+        for layer in layers:
+            layer.select_adapter(name)
+            layer.dropout = adapter.config.dropout
+        for whole in wholes:
+            whole.select_adapter(name)
+        state.active = name
+        for parameter in adapter_parameters(model):
+            parameter.requires_grad_(trainable)
     return model
 
 
@@ -110,14 +113,15 @@ def remove_adapter(model: nn.Module, name: str) -> nn.Module:
             "them off with osora.detach"
         )
     layers = adapted_layers(model, name).values()
-    for layer in layers:
-        layer.remove_adapter(name)
     wholes = whole_modules(model, name).values()
-    for whole in wholes:
-        whole.remove_adapter(name)
-    unwrap(model, [layer for layer in layers if not layer.adapters()])
-    unwrap(model, [whole for whole in wholes if not whole.adapters()])
-    del state.adapters[name]
+    with AllOrNothing(model):
+        del state.adapters[name]
+        for layer in layers:
+            layer.remove_adapter(name)
+        for whole in wholes:
+            whole.remove_adapter(name)
+        unwrap(model, [layer for layer in layers if not layer.adapters()])
+        unwrap(model, [whole for whole in wholes if not whole.adapters()])
     return model
 
 
@@ -198,10 +202,11 @@ def add_adapter(
         notes = notes_of([*fitted, *(target for target, _ in new)])
     trained = whole_modules(model)
     copies = [whole.placed(trained.get(whole.name), name) for whole in wholes]
-    for layer, rank in joined:
-        layer.add_adapter(name, formula, rank)
     whole_too = [whole.name for whole in wholes]
-    install_beside(model, new, copies, name, AdapterState(config, time.perf_counter() - began, notes, whole_too))
+    with AllOrNothing(model):
+        for layer, rank in joined:
+            layer.add_adapter(name, formula, rank)
+        install_beside(model, new, copies, name, AdapterState(config, time.perf_counter() - began, notes, whole_too))
     return model
 
 

@@ -14,6 +14,7 @@ from osora.layers.formulas import formula_of
 from osora.layers.known_base import know_bases
 from osora.layers.linears import make_layer
 from osora.layers.quantised import allow_packing, keep_order
+from osora.layers.undo import AllOrNothing
 from osora.layers.whole_module import WholeModule
 from osora.model.decompose import as_asked, notes_of
 from osora.model.fresh import cure_of, fresh_parts, warn_of_fresh
@@ -49,14 +50,15 @@ Layers = list[tuple[Target, AdaptedLinear]]
 def install(model: nn.Module, layers: Layers, wholes: Iterable[Copy], name: str, adapter: AdapterState) -> None:
     """Put the finished layers and copies in their places and freeze everything else: the model's first adapter."""
     required_grad = {name: p.requires_grad for name, p in uncompiled(model).named_parameters()}
-    for parameter in model.parameters():
-        parameter.requires_grad_(False)
-    for target, layer in layers:
-        _replace(model, target.names, layer)
-    for each in wholes:
-        each.put(model)
-    remember(model, State(required_grad, name, {name: adapter}, keep_order(model)))
-    adapter.begin(model, name)
+    with AllOrNothing(model):
+        for parameter in model.parameters():
+            parameter.requires_grad_(False)
+        for target, layer in layers:
+            _replace(model, target.names, layer)
+        for each in wholes:
+            each.put(model)
+        remember(model, State(required_grad, name, {name: adapter}, keep_order(model)))
+        adapter.begin(model, name)
 
 
 def install_beside(model: nn.Module, layers: Layers, wholes: Iterable[Copy], name: str, adapter: AdapterState) -> None:
@@ -142,18 +144,19 @@ def detach(model: nn.Module, *, merged: bool = False) -> nn.Module:
     """
     state = state_of(model)
     layers = adapted_layers(model)
-    if merged:
-        merge_layers({name: layer for name, layer in layers.items() if not layer.merged})
-    else:
-        for layer in layers.values():
-            if layer.merged:
-                layer.unmerge()
-    unwrap(model, [*all_layers(model).values(), *whole_modules(model).values()], merged)
-    allow_packing(state.in_order)
-    follow_calls(model)
-    forget(model)
-    for name, parameter in uncompiled(model).named_parameters():
-        parameter.requires_grad_(state.required_grad.get(name, parameter.requires_grad))
+    with AllOrNothing(model, others=(state,)):
+        if merged:
+            merge_layers({name: layer for name, layer in layers.items() if not layer.merged})
+        else:
+            for layer in layers.values():
+                if layer.merged:
+                    layer.unmerge()
+        unwrap(model, [*all_layers(model).values(), *whole_modules(model).values()], merged)
+        allow_packing(state.in_order)
+        follow_calls(model)
+        forget(model)
+        for name, parameter in uncompiled(model).named_parameters():
+            parameter.requires_grad_(state.required_grad.get(name, parameter.requires_grad))
     return model
 
 

@@ -6,23 +6,22 @@ from collections.abc import Mapping
 from torch import nn
 
 from osora.layers import AdaptedLinear
+from osora.layers.undo import AllOrNothing
 from osora.model.state import adapted_layers, refuse_sharded, state_of
+
+
+def _merge_one(name: str, layer: AdaptedLinear, requantize: bool) -> None:
+    try:
+        layer.merge(requantize)
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from error
 
 
 def merge_layers(layers: Mapping[str, AdaptedLinear], requantize: bool = False) -> None:
     """Merge all of them or, whatever stops it, none."""
-    before = {name for name, layer in layers.items() if layer.merged}
-    try:
+    with AllOrNothing(*layers.values()):  # which holds the base weights that each merge keeps, and no more
         for name, layer in layers.items():
-            try:
-                layer.merge(requantize)
-            except ValueError as error:
-                raise ValueError(f"{name}: {error}") from error
-    except BaseException:  # of the user, or for want of memory, too
-        for name, layer in layers.items():
-            if layer.merged and name not in before:
-                layer.unmerge()
-        raise
+            _merge_one(name, layer, requantize)
 
 
 def merge(model: nn.Module, *, requantize: bool = False) -> nn.Module:
@@ -66,6 +65,7 @@ def unmerge(model: nn.Module) -> nn.Module:
     merged = [layer for layer in layers.values() if layer.merged]
     if not merged:
         raise ValueError(f"{next(iter(layers), 'model')}: the adapter is not merged: there is nothing to undo")
-    for layer in merged:  # all of them, or those that an interrupted call has left
-        layer.unmerge()
+    with AllOrNothing(*merged):
+        for layer in merged:
+            layer.unmerge()
     return model

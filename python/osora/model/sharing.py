@@ -24,7 +24,8 @@ def share_base(model: nn.Module) -> nn.Module:
         model: any model, with adapters or without; not merged.
 
     Returns:
-        A model of the same class. What required a gradient before the adapter came does so in it.
+        A model of the same class; of one in DistributedDataParallel, the model inside it. What required a gradient
+        before the adapter came does so in it.
 
     Raises:
         ValueError: the model is merged: its weights are then not the base's; or it has adapters of PEFT.
@@ -34,6 +35,8 @@ def share_base(model: nn.Module) -> nn.Module:
             "the model has adapters of PEFT, which would come along: share the base model, and then call "
             "get_peft_model on each of the two"
         )
+    while isinstance(model, nn.parallel.DistributedDataParallel):  # which knows its parameters, and no others
+        model = model.module
     layers = all_layers(model)
     for name, layer in layers.items():
         if layer.merged:

@@ -40,12 +40,14 @@ class AdapterState:
     whole: list[str] = field(default_factory=list)  # names of the modules that it trains whole
     penalty: Penalty | None = None  # of SORSA, as long as the adapter is there
     basis: BasisNote | None = None
+    layers: tuple[str, ...] = ()  # names of those that it came into
 
     def begin(self, model: nn.Module, name: str) -> None:
         """The adapter is in the model from now on: say what is worth a line, and penalise what is to be penalised."""
         layers, readers = adapted_layers(model, name), state_of(model).readers
         for module, layer in layers.items():
             layer.place = Place(module, readers)
+        self.layers = tuple(layers)
         watched = {**layers, **whole_modules(model, name)}
         watch_first_step(watched, lambda layer: layer.trained(name) if name in layer.adapters() else ())
         if isinstance(self.config, SorsaConfig):
@@ -143,6 +145,18 @@ def refuse_if_busy(model: nn.Module) -> None:
             raise ValueError("adapters cannot be exchanged within adapters_in_batch")
 
 
+def refuse_incomplete(model: nn.Module, adapter: str) -> None:
+    """Raise ValueError where a module that an adapter came into has it no more: what is left is another adapter."""
+    modules = dict(uncompiled(model).named_modules(remove_duplicate=False))
+    for name in state_of(model).of(adapter).layers:
+        module = modules.get(name)  # None where layers of the model were dropped
+        if module is not None and not (isinstance(module, AdaptedLinear) and adapter in module.adapters()):
+            raise ValueError(
+                f"the adapter {adapter!r} was put into {name}, which has it no more (the module was exchanged, or a "
+                "call was cut off): remove the adapter and load or attach it again"
+            )
+
+
 _GATHER = (
     "load full_tensor() of every entry of its state_dict (under ZeRO 3, what deepspeed's zero_to_fp32 gives) into an "
     "unsharded copy of the model, and take that"
@@ -173,11 +187,16 @@ def refuse_late(model: nn.Module, layers: Mapping[str, nn.Module], wish: str) ->
 
 
 def refuse_sharded(layers: Mapping[str, nn.Module], wish: str, cure: str = _GATHER) -> None:
-    """Raise ValueError where no process has a whole tensor of these layers, so that they cannot be "saved", say."""
+    """Raise ValueError where no process has a whole tensor of these layers, so that they cannot be "saved", say.
+
+    Nor can what is on the meta device.
+    """
     for module, layer in layers.items():
         for key, tensor in layer.named_parameters():
             if is_sharded(tensor):
                 raise ValueError(f"{module}.{key} is sharded over processes, and cannot be {wish} there: {cure}")
+            if tensor.is_meta and wish != "decomposed":  # which tells of osora.count_parameters, for shapes alone
+                raise ValueError(f"{module}.{key} is on the meta device and has no values, and cannot be {wish}")
 
 
 def check_new_name(model: nn.Module, name: str) -> None:

@@ -160,6 +160,11 @@ def weight_holders(model: nn.Module) -> dict[int, set[int]]:
     return holders
 
 
+def _check_module(model: object) -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+
+
 def uncompiled(model: nn.Module) -> nn.Module:
     """The model inside ``torch.compile(model)``, DataParallel, DistributedDataParallel and AveragedModel.
 
@@ -168,8 +173,7 @@ def uncompiled(model: nn.Module) -> nn.Module:
     Raises:
         TypeError: what is no module, and FSDP's first wrapper, which flattens parameters.
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    _check_module(model)
     while True:
         if type(model).__name__ == "FullyShardedDataParallel":
             raise TypeError(
@@ -188,7 +192,8 @@ _WRAPPERS = (nn.DataParallel, nn.parallel.DistributedDataParallel, AveragedModel
 
 
 def refuse_wrapped(model: nn.Module) -> None:
-    """Raise ValueError for a model whose parameters something has taken stock of already."""
+    """Raise ValueError for a model whose parameters something has taken stock of already, TypeError for no model."""
+    _check_module(model)
     while (inside := model._modules.get("_orig_mod")) is not None:
         model = inside
     if isinstance(model, nn.parallel.DistributedDataParallel | AveragedModel):

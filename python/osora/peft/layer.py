@@ -3,7 +3,6 @@
 
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
@@ -12,46 +11,21 @@ from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
 
 from osora import reference
-from osora.files.format import Description
-from osora.layers.adapted import adapted_linear
 from osora.layers.base_weight import (
     base_weight,
-    dense_weight,
     has_hooks,
     is_conv1d,
     is_quantised,
     oriented_weight,
 )
-from osora.layers.batch import RowAdapters
-from osora.layers.formulas import Basis, Formula, owned
+from osora.layers.batch import RowAdapters, weight_of_rows
+from osora.layers.branch import adapted_linear
+from osora.layers.formulas import Basis, owned
 from osora.layers.kept import KeepsBase, replace_values, uncast
 from osora.layers.read_weight import Place, read_weight
 from osora.peft import loading
-from osora.svd.certificate import Certificate, Decomposition
-
-
-class Delta(nn.Module):
-    """One trained tensor. A module of its own, with a ``weight``, because TRL and FSDP look for adapters as such."""
-
-    def __init__(self, value: Tensor) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(value)
-
-
-_NONE_YET = Certificate(0.0, 0, True, "")
-
-
-@dataclass
-class Adapter:
-    """What a layer knows of one of its adapters beside its tensors."""
-
-    formula: Formula
-    dropout: float
-    save_basis: bool
-    tol: float
-    certificate: Certificate = _NONE_YET
-    awaited: Description | None = None  # of a file, until its tensors have come and been checked
-    rebuilt: bool = False  # whether the basis was computed again for them
+from osora.peft.parts import Adapter, Delta
+from osora.svd.certificate import Decomposition
 
 
 def _copy_views(layer: Any, state: dict[str, Any], prefix: str, _: dict[str, Any]) -> None:
@@ -88,6 +62,7 @@ class AdapterLayer(KeepsBase, BaseTunerLayer):
         self.adapters: dict[str, Adapter] = {}
         self.batch: Sequence[tuple[RowAdapters, Basis]] | None = None  # within a batch of several adapters
         self.base_kept = []
+        self.of_inference = base_layer.weight.is_inference()  # type: ignore[operator, union-attr]
         self._disable_adapters = False
         self.merged_adapters = []
         self.frozen_peft_weight_names = {}
@@ -208,9 +183,14 @@ class AdapterLayer(KeepsBase, BaseTunerLayer):
 
     @property
     def weight(self) -> Tensor:
-        """``W0 + Σ ΔW`` for models that read it: the base layer's own where no adapter is on, or where it is merged."""
+        """``W0 + Σ ΔW`` for models that read it: the base layer's own where no adapter is on, or where it is merged.
+
+        Within a batch of several adapters: that of the one that all rows have, or refused (:func:`weight_of_rows`).
+        """
         active = [name for name in self.active_adapters if name in self.adapters]
-        if self._disable_adapters or self.base_kept or not active or self.batch is not None:
+        if self.batch is not None and not self._disable_adapters and not self.base_kept:
+            return weight_of_rows(self.base_layer, self.batch, self.place)
+        if self._disable_adapters or self.base_kept or not active:
             return self.base_layer.weight  # type: ignore[return-value]
         self.settle()
         parts = [(self.adapters[name].formula, self.basis(name), self.deltas(name)) for name in active]
@@ -233,6 +213,8 @@ class AdapterLayer(KeepsBase, BaseTunerLayer):
         for name in active:
             adapter, basis, deltas = self.adapters[name], self.basis(name), self.deltas(name)
             dropout = adapter.dropout if self.training else 0.0
+            if self.of_inference:
+                self.refuse_training(deltas)
             if y is None:
                 y = adapted_linear(self.base_layer, x, adapter.formula, basis, deltas, dropout)
             else:
@@ -316,7 +298,7 @@ class AdapterLayer(KeepsBase, BaseTunerLayer):
             "osora.merge(model, requantize=True)"
         )
         self.refuse_computed()
-        total = dense_weight(self.base()).to(self.exact)
+        total = self.base_dense().to(self.exact)
         for name in [*self.merged_adapters, *new]:
             total = total + self.delta_weight(name)
         try:

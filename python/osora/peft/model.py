@@ -21,14 +21,16 @@ from osora.layers.formulas import formula_of
 from osora.layers.penalty import Penalty
 from osora.layers.quantised import allow_packing, keep_order
 from osora.layers.read_weight import Place, Readers
+from osora.layers.undo import AllOrNothing
 from osora.model.targets import check_rank_pattern
 from osora.peft import loading
 from osora.peft.batch import rows_of_adapters
 from osora.peft.combine import combine
 from osora.peft.config import AdapterConfig
 from osora.peft.filling import await_file, empty_basis, fill
-from osora.peft.layer import Adapter, AdapterLayer, layers_of
+from osora.peft.layer import AdapterLayer, layers_of
 from osora.peft.linears import OsoraLinear, SorsaLinear
+from osora.peft.parts import Adapter
 from osora.peft.rollback import Before, put_originals
 from osora.peft.targets import Surroundings, check_whole_modules, matches
 
@@ -66,6 +68,10 @@ class AdapterModel(BaseTuner):
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         """Give the model an adapter, as PEFT does it, then all of its decompositions; or leave the model as it was."""
         config: Any = self.peft_config[adapter_name]
+        if not adapter_name or "." in adapter_name:
+            raise ValueError(
+                f"an adapter's name must not be empty nor have a dot (it is part of state_dict keys): {adapter_name!r}"
+            )
         if config.home is not None and config.home[0] is model and config.home[1] != adapter_name:
             config = self.peft_config[adapter_name] = copy.deepcopy(config)  # one object was given for two adapters
         description = self._description(config)
@@ -73,9 +79,9 @@ class AdapterModel(BaseTuner):
             config.__dict__["_wanted"] = frozenset(description.modules)
         befores: dict[str, Before] = self.__dict__.setdefault("_befores", {})
         biases = description is not None and config.bias != "none"
-        befores[adapter_name] = Before(model, biases, () if description is None else description.other_names)
-        self._made: list[tuple[AdapterLayer, bool]] = []
         try:
+            befores[adapter_name] = Before(model, biases, () if description is None else description.other_names)
+            self._made: list[tuple[AdapterLayer, bool]] = []
             self._around = Surroundings(model, config)
             super().inject_adapter(model, adapter_name, *args, **kwargs)
             self._around.leave_out(config)
@@ -88,19 +94,19 @@ class AdapterModel(BaseTuner):
                 fill(layers, adapter_name, config)
             else:
                 await_file(layers, adapter_name, config, description)
+            model.__dict__.setdefault(_IN_ORDER, []).extend(keep_order(model))
+            self._settle(config, model, adapter_name)
+            self._penalise(model, adapter_name, layers, config)
+            named = {layer.name: layer for layer in layers}
+            watch_first_step(named, lambda layer: layer.trained_kinds(adapter_name).values())
         except BaseException:
             self._take_out(model, adapter_name)
             raise
         finally:
-            del self._made
+            self.__dict__.pop("_made", None)
             self.__dict__.pop("_around", None)
         if description is None:
             del befores[adapter_name]
-        model.__dict__.setdefault(_IN_ORDER, []).extend(keep_order(model))
-        self._settle(config, model, adapter_name)
-        self._penalise(model, adapter_name, layers, config)
-        named = {layer.name: layer for layer in layers}
-        watch_first_step(named, lambda layer: layer.trained_kinds(adapter_name).values())
 
     @staticmethod
     def _settle(config: Any, model: nn.Module, name: str) -> None:
@@ -187,7 +193,7 @@ class AdapterModel(BaseTuner):
         layers = layers_of(self.model, adapter_name).values()
         try:
             arrived = loading.settle(layers, adapter_name)
-        except AdapterError:
+        except BaseException:  # refused, or the user's
             self._take_out(self.model, adapter_name)
             raise
         if arrived:
@@ -223,15 +229,16 @@ class AdapterModel(BaseTuner):
         if not self.peft_config:
             self._forget(model)
 
-    def take_out(self, name: str) -> None:
-        """Leave the model as it was before an adapter came, whoever found out that it cannot stay."""
-        if name in self.peft_config:
-            self._take_out(self.model, name)
-
     def delete_adapter(self, adapter_name: str) -> None:
         """Forget an adapter. Raises ValueError for one that is not there, or is merged."""
-        super().delete_adapter(adapter_name)
-        self.model.__dict__.get(_PENALTIES, {}).pop(adapter_name, None)
+        with AllOrNothing(self):
+            super().delete_adapter(adapter_name)
+            self.model.__dict__.get(_PENALTIES, {}).pop(adapter_name, None)
+
+    def unmerge_adapter(self) -> None:
+        """Unmerge all layers or, if it is interrupted, none."""
+        with AllOrNothing(*(module for module in self.model.modules() if isinstance(module, AdapterLayer))):
+            super().unmerge_adapter()
 
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
         """Merge adapters into all layers or, if one cannot be, into none. See :meth:`AdapterLayer.merge`.
@@ -352,9 +359,10 @@ class OsoraModel(AdapterModel):
                     f"{each!r} trains whole modules or rows of embeddings (modules_to_save={config.modules_to_save!r}, "
                     f"trainable_token_indices={config.trainable_token_indices!r}), of which there is no weighted sum"
                 )
-        config = combine(self.model, self.peft_config, adapters, weights, adapter_name)
-        self.peft_config[adapter_name] = config
-        config.settle_in(self.model, adapter_name)
+        with AllOrNothing(self):
+            config = combine(self.model, self.peft_config, adapters, weights, adapter_name)
+            self.peft_config[adapter_name] = config
+            config.settle_in(self.model, adapter_name)
 
 
 class SorsaModel(AdapterModel):

@@ -21,6 +21,7 @@ from osora.layers.formulas import formula_of
 from osora.peft.config import AdapterConfig
 from osora.peft.layer import AdapterLayer, layers_of
 from osora.peft.loading import check_arrived
+from osora.peft.rollback import Whole
 
 _HUB = ("subfolder", "revision", "cache_dir", "token")  # what finds a configuration, among load_adapter's options
 _BESIDE = ("bias", "modules_to_save", "trainable_token_indices")
@@ -88,11 +89,11 @@ def _replaced(model: PeftModel, name: str, description: Description) -> Iterator
     state = peft.get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=embeddings)
     state, mode = {key: tensor.detach().clone() for key, tensor in state.items()}, model.training
     before = {key: copy.copy(layer.adapters[name]) for key, layer in layers.items()}
-    for layer in layers.values():
-        adapter = layer.adapters[name]
-        adapter.awaited, adapter.rebuilt = description, not (description.save_basis and adapter.save_basis)
-    config.__dict__["_replacing"] = True
     try:
+        for layer in layers.values():
+            adapter = layer.adapters[name]
+            adapter.awaited, adapter.rebuilt = description, not (description.save_basis and adapter.save_basis)
+        config.__dict__["_replacing"] = True
         yield
         for key, layer in layers.items():
             check_arrived(layer, name)
@@ -107,7 +108,7 @@ def _replaced(model: PeftModel, name: str, description: Description) -> Iterator
         model.train(mode)
         raise
     finally:
-        del config.__dict__["_replacing"]
+        config.__dict__.pop("_replacing", None)
 
 
 def _checked(load_adapter: Callable[..., Any]) -> Callable[..., Any]:
@@ -118,7 +119,10 @@ def _checked(load_adapter: Callable[..., Any]) -> Callable[..., Any]:
         given = signature.bind(*args, **kwargs).arguments
         model, source, name = given["self"], given["model_id"], given["adapter_name"]
         config = model.peft_config.get(name)
-        if not isinstance(config, AdapterConfig) or config.osora is not None:  # new, or waiting for its file
+        if config is None:  # new
+            with Whole(model, ours=False):
+                return load_adapter(*args, **kwargs)
+        if not isinstance(config, AdapterConfig) or config.osora is not None:  # waiting for its file
             return load_adapter(*args, **kwargs)
         saved = _saved(source, given.get("kwargs", {}))
         description = _description(saved, config, source, name)

@@ -15,6 +15,7 @@ import torch
 
 from osora.files.evidence import check_describable, check_finite, describe, describe_whole
 from osora.files.format import CONFIG_FILE, FILE_METHODS, Description, write_config
+from osora.model.readers import read_layers
 from osora.peft.layer import AdapterLayer, layers_of
 from osora.peft.selecting import Selection, selected
 
@@ -62,8 +63,10 @@ def save(config: AdapterConfig, options: dict[str, Any], folder: Path) -> None:
     method = FILE_METHODS[config.method]
     named = {module["name"]: module for module in modules}
     others = tuple(sorted(method.other_key(name) for name in selection.beside))
+    seen = {name for layer in layers.values() if layer.place.readers for name in layer.place.readers.names}
+    read = tuple(read_layers(model, layers, seen))
     description = Description(
-        folder / CONFIG_FILE, method, options, config.save_basis, named, others, basis=config.note
+        folder / CONFIG_FILE, method, options, config.save_basis, named, others, basis=config.note, read=read
     )
     beside = {method.other_key(name): tensor for name, tensor in selection.beside.items()}
     keys, _ = description.whole_keys(others)

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import peft
+import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
@@ -98,6 +99,8 @@ def _checked(key: str, tensor: Any, shape: tuple[int, ...], of: str, whole: bool
                 "state_dict"
             )
         raise ValueError(f"{key} of {of} has shape {list(tensor.shape)}, and this adapter's has {list(shape)}")
+    if tensor.layout != torch.strided:
+        raise ValueError(f"{key} of {of} is sparse ({tensor.layout}): give a dense tensor, its to_dense()")
     if tensor.is_meta:
         raise ValueError(f"{key} of {of} is on the meta device and has no values")
     return tensor.detach().contiguous()  # PEFT 0.18 leaves views to safetensors, which refuses them
@@ -153,7 +156,7 @@ def _layer_tensors(
 
 def _base(layer: AdapterLayer, source: Source) -> Any:
     """What the base weight's fingerprint is of: the live one, or the given one where that is in pieces."""
-    live: Any = layer.base_kept[0].weight if layer.base_kept else layer.base_layer.weight
+    live: Any = layer.base_kept[0].weight if layer.base_kept else getattr(layer.base_layer, "weight", None)
     plain = is_quantised(layer.base_layer) or not isinstance(live, Tensor)  # the latter is refused as it is read
     if plain or not (_is_sharded(live) or live.is_meta or not live.numel()):
         return layer.base()
@@ -294,6 +297,8 @@ def _selecting(original: Callable[..., Any]) -> Callable[..., Any]:
         unwrap_compiled: bool = False,
         save_embedding_layers: Any = "auto",
     ) -> dict[str, Any]:
+        if state_dict is not None and not isinstance(state_dict, Mapping):
+            raise TypeError(f"state_dict must be a dict of tensors by name, got a {type(state_dict).__name__}")
         options = {"unwrap_compiled": unwrap_compiled, "save_embedding_layers": save_embedding_layers}
         whole = uncompiled(model)
         config: Any = getattr(whole, "peft_config", {}).get(adapter_name)

@@ -7,7 +7,6 @@ from. It is let write into a folder of its own within the one that was asked for
 
 import functools
 import inspect
-import os
 import shutil
 import tempfile
 from collections.abc import Callable
@@ -15,11 +14,13 @@ from pathlib import Path
 from typing import Any
 
 from peft import PeftModel
+from safetensors import SafetensorError
 
 from osora.files.card import CARD_FILE, keep_card
 from osora.files.format import CONFIG_FILE, TENSOR_FILE
 from osora.files.info import info_of
 from osora.files.readback import read_back
+from osora.files.together import replace_together
 from osora.files.whole import finish, why_unreadable
 from osora.peft.config import AdapterConfig
 from osora.peft.saving import descriptions_written
@@ -33,10 +34,11 @@ def _rename(new: Path, folder: Path) -> None:
     files = [path for path in new.rglob("*") if path.is_file()]
     for path in files:
         finish(path)
-    for path in sorted(files, key=lambda path: (path.name == CONFIG_FILE, str(path))):
-        place = folder / path.relative_to(new)
-        place.parent.mkdir(exist_ok=True)
-        os.replace(path, place)
+    ordered = sorted(files, key=lambda path: (path.name == CONFIG_FILE, str(path)))
+    places = {folder / path.relative_to(new): path for path in ordered}
+    for place in places:
+        place.parent.mkdir(parents=True, exist_ok=True)
+    replace_together(places)
 
 
 def _whole(save_pretrained: Callable[..., None]) -> Callable[..., None]:
@@ -74,7 +76,10 @@ def _whole(save_pretrained: Callable[..., None]) -> Callable[..., None]:
                 shutil.copyfile(folder / place / CARD_FILE, new / place / CARD_FILE)
             options["save_directory"] = made
             with selections_kept(), descriptions_written() as written:
-                save_pretrained(*given.args, **given.kwargs)
+                try:
+                    save_pretrained(*given.args, **given.kwargs)
+                except SafetensorError as error:  # its name for a disk that is full
+                    raise OSError(f"{folder} cannot be written, and what was there is left: {error}") from error
             for place in places:
                 read_back(new / place / CONFIG_FILE, new / place / TENSOR_FILE)
             for place, config in places.items():
