@@ -17,18 +17,16 @@ import time
 import warnings
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import models
 import torch
 from initialise_checkpoint import Checkpoint
 from torch import nn
 
 import osora
 from osora.files.basis import BasisFolder
-from osora.initialisation.pipeline import Times
 
 SAMPLES = 0.02  # seconds between two looks at the memory
 _READ = 2**24  # bytes at a time
@@ -277,7 +275,10 @@ def check(made: Checkpoint, task: Task) -> tuple[dict[str, Any], list[str]]:
     return facts, wrong
 
 
-__all__ = ["Peak", "Task", "Times", "anonymous", "check", "forget", "replace", "together"]
+def plan(task: Task) -> osora.InitialisationPlan:
+    """Bytes and operations, as osora counts them."""
+    return osora.plan_initialisation(task.checkpoint, task.basis, task.config, device="cpu")
+
 
 if __name__ == "__main__":
     print(json.dumps(main(Task(**json.loads(sys.argv[1])))))
