@@ -24,6 +24,7 @@ RUN = {
     README: 1,
     ROOT / "docs/use.md": 4,
     ROOT / "docs/whole_modules.md": 2,
+    ROOT / "docs/initialise.md": 4,
     ROOT / "docs/many_adapters.md": 2,
     ROOT / "docs/export.md": 3,
     ROOT / "docs/merge.md": 2,
@@ -137,6 +138,22 @@ def test_the_commands_of_contributing_exist():
     assert wanted
     for words in wanted:
         assert words[0] == "make" and words[1] in targets, words
+
+
+def test_the_commands_for_large_models_exist():
+    """Of models that no test has: their options are those of osora init."""
+    pytest.importorskip("typer")
+    from typer.main import get_command
+
+    from osora.cli.app import app
+
+    known = {option for each in get_command(app).commands["init"].params for option in each.opts}
+    wanted = [shlex.split(command) for command in commands(ROOT / "docs/initialise.md")]
+    assert len(wanted) >= 5
+    for words in wanted:
+        place = words.index("init")
+        assert words[:place] in (["osora"], ["torchrun", "--nproc-per-node", "8", "-m", "osora"]), words
+        assert {word for word in words[place:] if word.startswith("--")} <= known, words
 
 
 @every_document

@@ -28,13 +28,20 @@ _POLL = 0.5  # seconds between looks at what other processes have in work
 
 
 @dataclass(frozen=True)
+class Evidence:
+    """What a layer's weight is known by when it is forgotten."""
+
+    layer: SourceLayer
+    sha256: str
+    sketch: list[float]
+
+
+@dataclass(frozen=True)
 class ReadWeight:
     """A weight that was read, on the device it is decomposed on, and what it is known by."""
 
-    layer: SourceLayer
     values: Tensor
-    sha256: str
-    sketch: list[float]
+    evidence: Evidence
 
 
 @dataclass(frozen=True)
@@ -144,7 +151,7 @@ class Work:
         for layer in task.layers:
             weight = dense_weight(self.request.source.read(layer)).detach()
             sha256, sketch = fingerprint.weight_evidence(weight, layer.name)
-            found.append(ReadWeight(layer, self.placed(weight), sha256, sketch))
+            found.append(ReadWeight(self.placed(weight), Evidence(layer, sha256, sketch)))
         return found
 
     @cached_property
@@ -163,8 +170,8 @@ class Work:
 
     # -- in the caller's --
 
-    def compute(self, task: Task, weights: list[ReadWeight]) -> list[tuple[ReadWeight, Decomposition]]:
-        """Decompose a unit's weights in one call."""
+    def compute(self, task: Task, weights: list[ReadWeight]) -> list[tuple[Evidence, Decomposition]]:
+        """Decompose a unit's weights in one call; nothing of what waits to be written holds them."""
         if self.device.type == "cuda":
             for weight in weights:  # its memory is the copies' stream's
                 weight.values.record_stream(torch.cuda.current_stream(self.device))
@@ -182,17 +189,17 @@ class Work:
         if self.unconverged == "raise":
             report_failure(failed, self.request.config.tol, "raise", 1, "a smaller r")
         self.failed += failed
-        return list(zip(weights, found, strict=True))
+        return [(weight.evidence, factors) for weight, factors in zip(weights, found, strict=True)]
 
     # -- in the writer's --
 
-    def write(self, task: Task, found: list[tuple[ReadWeight, Decomposition]]) -> None:
+    def write(self, task: Task, found: list[tuple[Evidence, Decomposition]]) -> None:
         """Write the unit's layers, each whole, and give the claim back."""
         config = self.request.config
-        for weight, factors in found:
-            layer = weight.layer
+        for known, factors in found:
+            layer = known.layer
             entry = describe_layer(
-                factors, layer.target.weight.dtype, weight.sha256, weight.sketch, config.tol, config.seed
+                factors, layer.target.weight.dtype, known.sha256, known.sketch, config.tol, config.seed
             )
             write_layer(self.out, entry, factors, self.out / UNFINISHED)
             self.computed.append(layer.name)
@@ -215,4 +222,4 @@ class Work:
         return fingerprint_of(found)
 
 
-__all__ = ["UNFINISHED", "ReadWeight", "Task", "Work"]
+__all__ = ["UNFINISHED", "Evidence", "ReadWeight", "Task", "Work"]
