@@ -22,7 +22,7 @@ from osora.initialisation import layers, schedule, work
 def test_three_units_are_held_at_the_most(tmp_path, monkeypatch, slow):
     """One is being read, one waits, one is in work; what is to be written holds none, however slow the disk is."""
     tiny_llama().save_pretrained(tmp_path / "base")
-    monkeypatch.setattr(schedule, "_CPU_ENTRIES", 1)  # a unit is a layer
+    monkeypatch.setattr(schedule, "CPU_ENTRIES", 1)  # a unit is a layer
     weights, held, read = [], [], work.Work.read
 
     def watched(self, task):
@@ -54,18 +54,25 @@ class Unwilling(mmap.mmap):
 def test_a_weight_is_the_same_in_any_pages(tmp_path, monkeypatch, system, dtype):
     weights = {"odd": torch.randn(1031, 2053).bfloat16(), "small": torch.randn(3, 5).bfloat16()}
     save_file(weights, tmp_path / "model.safetensors")
-    monkeypatch.setattr(layers, "_HUGE", 31)
+    monkeypatch.setattr(layers, "HUGE", 31)
     if system == "unwilling":
         monkeypatch.setattr(mmap, "mmap", Unwilling)
     elif system == "unknown":
         monkeypatch.delattr(mmap, "MADV_HUGEPAGE")
     base = BaseFolder(tmp_path)
     for key, weight in weights.items():
-        found = layers._read(tmp_path / "model.safetensors", key, base.tensors[key], dtype)
+        found = layers.read_stored(tmp_path / "model.safetensors", key, base.tensors[key], dtype)
         assert found.dtype == (dtype or torch.bfloat16) and torch.equal(found, weight.to(found.dtype))
         assert found.is_contiguous() and found.data_ptr() % 16 == 0
         found.mul_(2)  # its own memory: what is on the disk stays
-        assert torch.equal(layers._read(tmp_path / "model.safetensors", key, base.tensors[key], None), weight)
+        assert torch.equal(layers.read_stored(tmp_path / "model.safetensors", key, base.tensors[key], None), weight)
+
+
+def signs(label: str, size: int) -> torch.Tensor:
+    """The bits of SHAKE-256 of the label as ±1 (docs/format.md)."""
+    data = hashlib.shake_256(label.encode()).digest((size + 7) // 8)
+    bits = [byte >> 7 - place & 1 for byte in data for place in range(8)]
+    return torch.tensor(bits[:size], dtype=torch.float64) * 2 - 1
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
@@ -79,7 +86,7 @@ def test_evidence_is_that_of_the_whole_weight(shape, dtype):
         exact = weight.float()
     assert digest == hashlib.sha256(exact.numpy().tobytes()).hexdigest() == fingerprint.weight_digest(weight)
     g, h = (
-        torch.stack([fingerprint._signs(f"layer|{side}{i}", size) for i in range(fingerprint.PROBES)], 1)
+        torch.stack([signs(f"layer|{side}{i}", size) for i in range(fingerprint.PROBES)], 1)
         for side, size in (("g", shape[0]), ("h", shape[1]))
     )
     true = ((g.t() @ weight.double()) @ h).diagonal()

@@ -22,7 +22,7 @@ from osora.model.targets import Target, find_targets, uncompiled
 from osora.reference import FLOATS
 
 _CHUNK = 2**24  # bytes read at a time
-_HUGE = 2**22  # bytes from which on a weight is worth huge pages
+HUGE = 2**22  # bytes from which on a weight is worth huge pages
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 
 
@@ -52,7 +52,7 @@ def _memory(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     Reading takes half as long.
     """
     size = math.prod(shape) * dtype.itemsize
-    if size < _HUGE or not hasattr(mmap, "MADV_HUGEPAGE"):
+    if size < HUGE or not hasattr(mmap, "MADV_HUGEPAGE"):
         return torch.empty(shape, dtype=dtype)
     pages = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     try:
@@ -62,7 +62,7 @@ def _memory(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     return torch.frombuffer(pages, dtype=dtype).view(shape)
 
 
-def _read(path: Path, key: str, stored: Stored, dtype: torch.dtype | None) -> Tensor:
+def read_stored(path: Path, key: str, stored: Stored, dtype: torch.dtype | None) -> Tensor:
     """A tensor of the file in ``dtype``, in memory of its own.
 
     Read in pieces, so that a conversion needs no second copy.
@@ -171,7 +171,7 @@ class SourceModel:
         """
         dtype = layer.target.weight.dtype
         tensors = [
-            _read(self.base.folder / stored.file, key, stored, dtype)
+            read_stored(self.base.folder / stored.file, key, stored, dtype)
             for key, stored in zip(layer.origin.keys, layer.stored, strict=True)
         ]
         weight = layer.origin.weight(f"{layer.name}.weight", tensors, self.model)
@@ -200,4 +200,4 @@ def with_weight(layer: SourceLayer, module: nn.Module) -> Target:
     return replace(layer.target, module=module, weight=base_weight(module))
 
 
-__all__ = ["SourceLayer", "SourceModel", "bytes_free", "with_weight"]
+__all__ = ["HUGE", "SourceLayer", "SourceModel", "bytes_free", "read_stored", "with_weight"]

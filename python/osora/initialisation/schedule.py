@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-_CPU_ENTRIES = 2**24  # weight entries of one unit on a CPU: what a decomposition of many small weights takes at once
+CPU_ENTRIES = 2**24  # weight entries of one unit on a CPU: what a decomposition of many small weights takes at once
 _CARD_ENTRIES = 2**27
 
 
@@ -39,7 +39,7 @@ def units(jobs: Sequence[Job], on_card: bool = False) -> list[list[int]]:
     kinds: dict[Job, list[int]] = defaultdict(list)
     for index, job in enumerate(jobs):
         kinds[job].append(index)
-    entries, found = _CARD_ENTRIES if on_card else _CPU_ENTRIES, []
+    entries, found = _CARD_ENTRIES if on_card else CPU_ENTRIES, []
     for job, members in kinds.items():
         size = max(1, entries // (job.shape[0] * job.shape[1]))
         found += [members[begin : begin + size] for begin in range(0, len(members), size)]
@@ -75,4 +75,4 @@ def order_for(part: int, given: Sequence[Sequence[int]], costs: Sequence[float])
     return own + sorted(others, key=lambda i: (costs[i], i))
 
 
-__all__ = ["COLUMNS", "Job", "order_for", "schedule", "units"]
+__all__ = ["COLUMNS", "CPU_ENTRIES", "Job", "order_for", "schedule", "units"]
