@@ -244,13 +244,9 @@ def check(made: Checkpoint, task: Task) -> tuple[dict[str, Any], list[str]]:
             wrong.append(f"{layer.name}: its residual is {layer.residual:.1e}, and {layer.allowed:.1e} is certified")
         if not layer.orthonormal <= ORTHONORMAL:
             wrong.append(f"{layer.name}: its vectors are orthonormal only to {layer.orthonormal:.1e}")
-    sigma, seen = 0.0, set()
+    sigma = 0.0
     for name, layer in basis.layers.items():
-        shape = (layer.entry.out_features, layer.entry.in_features)
-        if shape in seen:
-            continue
-        seen.add(shape)
-        known, S = made.known[shape], basis.read(name).S.double()
+        known, S = made.known[layer.entry.out_features, layer.entry.in_features], basis.read(name).S.double()
         true = torch.tensor(known.sigma[: len(S)], dtype=torch.float64)
         share = float(((S - true).abs() / (known.rounding + 100 * task.tol**2 * true)).max())
         sigma = max(sigma, share)

@@ -23,8 +23,8 @@ TEMPLATE = (
 
 
 # Files that take longest, the longest first.
-LONG = "cuda_source emulation dense_cuda bench_svd bench_init trainer train_command bench gpu_check plan compiled"
-LONG = [f"test_{name}.py" for name in LONG.split()]
+LONG = "cuda_source emulation dense_cuda bench_svd bench_init bench_initialise trainer train_command bench gpu_check"
+LONG = [f"test_{name}.py" for name in (*LONG.split(), "plan", "compiled")]
 
 
 @pytest.hookimpl(trylast=True)
