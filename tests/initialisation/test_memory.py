@@ -3,8 +3,10 @@
 
 import hashlib
 import mmap
+import threading
 import time
 import weakref
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -95,16 +97,14 @@ def test_evidence_is_that_of_the_whole_weight(shape, dtype):
 
 
 def test_evidence_takes_no_second_weight():
-    """Of its parts one at a time is in memory; measured where the system tells."""
-    weight = torch.randn(64, 2**18).bfloat16()  # 32 MB; 64 MB in float32
-    fingerprint.weight_evidence(weight, "layer")
-    with open("/proc/self/status", encoding="ascii") as file:
-        assert "RssAnon" in file.read()
-    grown = []
+    """Of its parts few are in memory, in the thread of a reader too, whose heap is another; where the system tells."""
+    if not Path("/proc/self/status").exists():
+        pytest.skip("this system does not tell")
+    weight, grown = torch.randn(4096, 4096).bfloat16(), []  # 34 MB; 67 MB in float32
 
     def kept() -> int:
-        with open("/proc/self/status", encoding="ascii") as file:
-            return next(int(line.split()[1]) * 1024 for line in file if line.startswith("RssAnon:"))
+        lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("RssAnon:"))
 
     class Watched:
         """A digest that looks at the memory whenever it is given a part."""
@@ -121,5 +121,7 @@ def test_evidence_takes_no_second_weight():
 
     with pytest.MonkeyPatch.context() as change:
         change.setattr(fingerprint, "hashlib", SimpleNamespace(sha256=Watched, shake_256=hashlib.shake_256))
-        fingerprint.weight_evidence(weight, "layer")
-    assert len(grown) >= 8 and max(grown) < 20e6
+        thread = threading.Thread(target=fingerprint.weight_evidence, args=(weight, "layer"))
+        thread.start()
+        thread.join()
+    assert len(grown) > 8 and max(grown) < 20e6
