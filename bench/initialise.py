@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """A basis from a checkpoint on disk (osora.initialise), in the shapes of Llama-3-8B.
 
-First the basis is made and checked: every layer against its weight in float64, the singular values of each shape
-against what the checkpoint was made of, every number against what osora.attach has on the loaded model, bit for bit. If
-something is wrong no time is shown and the exit code is 1.
+First the basis is made and checked: every layer against its weight in float64, its singular values
+against those that the checkpoint was made of, every number against what osora.attach has on the loaded model, bit for
+bit. If something is wrong no time is shown and the exit code is 1.
 
 Then, each in a process of its own, which is told to begin when it has imported everything, in turn:
   initialise       osora.initialise, --threads of them; the checkpoint is dropped from the system's memory before
