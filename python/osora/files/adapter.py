@@ -35,6 +35,7 @@ from osora.model.state import (
     adapted_layers,
     refuse_incomplete,
     refuse_sharded,
+    refuse_valueless,
     state_of,
     trained_whole,
 )
@@ -104,6 +105,7 @@ def save_adapter(
     config, layers = state.config, adapted_layers(model, adapter)
     wholes = trained_whole(model, adapter)
     refuse_incomplete(model, adapter)
+    refuse_valueless(layers, "saved")
     refuse_sharded(wholes, "saved")
     parts = [p for layer in layers.values() for p in layer.parameters() if is_sharded(p)]
     with one_writes(ranks_of(parts[0]) if parts else [], "save_adapter") as writes:

@@ -8,6 +8,8 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
+import torch
+
 Unit = TypeVar("Unit")
 Read = TypeVar("Read")
 Found = TypeVar("Found")
@@ -30,6 +32,15 @@ class Times:
         beside = self.reading + self.writing
         exposed = max(0.0, self.whole - self.computing)
         return max(0.0, 1 - exposed / beside) if beside > 0 else 1.0
+
+
+def _one_thread() -> None:
+    """Keep torch's products in this Python thread to itself: the cores are the arithmetic's.
+
+    OpenMP counts for each thread that calls it, so that the caller of :meth:`Pipeline.run` keeps its number; a second
+    team of as many threads would wait for the first one's cores.
+    """
+    torch.set_num_threads(1)
 
 
 class Pipeline(Generic[Unit, Read, Found]):
@@ -67,6 +78,7 @@ class Pipeline(Generic[Unit, Read, Found]):
         return False
 
     def _reader(self, units: Iterable[Unit]) -> None:
+        _one_thread()
         try:
             for unit in units:
                 began = time.perf_counter()
@@ -80,6 +92,7 @@ class Pipeline(Generic[Unit, Read, Found]):
         self._put(self._ready, _END)
 
     def _writer(self) -> None:
+        _one_thread()
         while (item := self._found.get()) is not _END:
             unit, found = item
             began = time.perf_counter()

@@ -59,7 +59,7 @@ def base_weight(module: Any) -> BaseWeight:
     """What the weight is; cheap."""
     if (kind := kind_of(module)) is not None:
         return BaseWeight(kind.shape(module), kind.dtype(module), torch.float32, module.weight.device, quantised=True)
-    weight = module.weight
+    weight: Any = getattr(module, "weight", None)
     # where attach learns of shapes; a parameter that ZeRO 3 has partitioned is empty outside of its layer
     d, k = getattr(weight, "ds_shape", None) or oriented_weight(module).shape
     if hasattr(weight, "ds_shape") and is_conv1d(module):

@@ -49,7 +49,11 @@ class KnownBase:
     @classmethod
     def read(cls, described: Mapping[str, Any], base: Any) -> "KnownBase | None":
         """That of a file, of a base layer that was found to be the file's; None where it is in another form."""
-        if kind_of(base) is not None or sharded.is_sharded(base.weight) or described.get("quantization"):
+        if (
+            kind_of(base) is not None
+            or sharded.is_sharded(getattr(base, "weight", None))
+            or described.get("quantization")
+        ):
             return None
         values = dense_weight(base)
         if str(values.dtype) != f"torch.{described['dtype']}":
@@ -62,7 +66,7 @@ class KnownBase:
         """Whether it is what would be taken of a base layer now. Collective where the weight is sharded."""
         if name != self.name or self.checksum is None or kind_of(base) is not None:
             return False
-        if not sharded.is_sharded(base.weight):
+        if not sharded.is_sharded(getattr(base, "weight", None)):
             return fingerprint.checksum(dense_weight(base)) == self.checksum
         if base.weight.dtype != self.dtype:
             return False
@@ -79,7 +83,7 @@ def known_base(layer: Any, name: str) -> KnownBase:
     """
     base, known = layer.base(), layer.known
     if known is None or not known.holds_for(name, base):
-        if sharded.is_sharded(base.weight):
+        if sharded.is_sharded(getattr(base, "weight", None)):
             values = sharded.whole(base.weight)
             known = KnownBase.of(name, values.t() if is_conv1d(base) else values)
         else:

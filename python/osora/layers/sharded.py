@@ -17,7 +17,7 @@ PATIENCE = timedelta(minutes=5)
 """How long a process waits for the others before it says who is missing."""
 
 
-def is_sharded(tensor: Tensor) -> bool:
+def is_sharded(tensor: Tensor | None) -> bool:
     """Whether it is a DTensor (FSDP2, tensor parallel), or a parameter that ZeRO 3 has partitioned."""
     return hasattr(tensor, "full_tensor") or hasattr(tensor, "ds_id")
 

@@ -11,6 +11,7 @@ from torch.distributed.fsdp import FSDPModule
 from osora.config import AdapterConfig, SorsaConfig
 from osora.layers import AdaptedLinear
 from osora.layers.first_step import watch_first_step
+from osora.layers.offloaded import is_offloaded
 from osora.layers.penalty import Penalty
 from osora.layers.read_weight import Place, Readers
 from osora.layers.sharded import is_sharded
@@ -187,15 +188,20 @@ def refuse_late(model: nn.Module, layers: Mapping[str, nn.Module], wish: str) ->
 
 
 def refuse_sharded(layers: Mapping[str, nn.Module], wish: str, cure: str = _GATHER) -> None:
-    """Raise ValueError where no process has a whole tensor of these layers, so that they cannot be "saved", say.
-
-    Nor can what is on the meta device.
-    """
+    """Raise ValueError where no process has a whole tensor of these layers, so that they cannot be "saved", say."""
     for module, layer in layers.items():
         for key, tensor in layer.named_parameters():
             if is_sharded(tensor):
                 raise ValueError(f"{module}.{key} is sharded over processes, and cannot be {wish} there: {cure}")
-            if tensor.is_meta and wish != "decomposed":  # which tells of osora.count_parameters, for shapes alone
+    if wish != "decomposed":  # which tells of osora.count_parameters, for shapes alone
+        refuse_valueless(layers, wish)
+
+
+def refuse_valueless(layers: Mapping[str, nn.Module], wish: str) -> None:
+    """Raise ValueError for a tensor of these layers on the meta device, unless accelerate brings it when it is used."""
+    for module, layer in layers.items():
+        for key, tensor in layer.named_parameters():
+            if tensor.is_meta and not is_offloaded(layer.get_submodule(key.rpartition(".")[0])):
                 raise ValueError(f"{module}.{key} is on the meta device and has no values, and cannot be {wish}")
 
 
