@@ -36,6 +36,7 @@ def interrupted(call: Callable[[], object], at: int, own: tuple[str, ...] = (_OW
         return within if frame.f_code.co_filename.startswith(own) else None
 
     before = sys.gettrace()
+    gradients = torch.is_grad_enabled()  # torch's own contexts may be stopped on their way out, too
     sys.settrace(enter)
     try:
         call()
@@ -43,6 +44,7 @@ def interrupted(call: Callable[[], object], at: int, own: tuple[str, ...] = (_OW
         pass
     finally:
         sys.settrace(before)
+        torch.set_grad_enabled(gradients)
     return seen, where
 
 
