@@ -9,7 +9,7 @@ import json
 import os
 import warnings
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -29,9 +29,11 @@ from osora.files.basis_layer import (
     read_layer,
     told,
 )
-from osora.files.evidence import check_base, warn_of_rounding
+from osora.files.evidence import check_base, check_sharded_base, warn_of_rounding
 from osora.files.format import DTYPES, Description
 from osora.files.whole import finish, sync, temporary_beside
+from osora.layers.known_base import KnownBase
+from osora.layers.sharded import is_sharded
 from osora.model.state import BasisNote
 from osora.model.targets import Target
 from osora.reference import accumulate_dtype
@@ -208,19 +210,18 @@ class BasisFolder:
                 "(osora init --dtype float64)"
             )
 
+    def _refusal(self, target: Target) -> Callable[[str, str, str], BasisError]:
+        return lambda _, then, now: BasisError(
+            f"the weight of {target.name} is not the one that {self.folder} is a basis of ({then} there, {now} here): "
+            "make a basis of this model (osora init)"
+        )
+
     def _one(
         self, target: Target, name: str, config: AdapterConfig, known: str | None
     ) -> tuple[Decomposition, str | None]:
         entry = self.layers[name].entry
-
-        def refusal(_: str, then: str, now: str) -> BasisError:
-            return BasisError(
-                f"the weight of {target.name} is not the one that {self.folder} is a basis of ({then} there, {now} "
-                "here): make a basis of this model (osora init)"
-            )
-
         same = known == entry.weight_sha256
-        difference = None if same else check_base(asdict(entry), target.module, refusal)
+        difference = None if same else check_base(asdict(entry), target.module, self._refusal(target))
         factors = replace(self.read(name).leading(target.rank), name=target.name)
         if factors.converged and factors.certificate.max_residual > config.tol:
             raise BasisError(
@@ -230,7 +231,12 @@ class BasisFolder:
         return factors, difference
 
     def factors(
-        self, targets: Sequence[Target], names: Mapping[str, str], config: AdapterConfig, known: Mapping[str, str]
+        self,
+        targets: Sequence[Target],
+        names: Mapping[str, str],
+        config: AdapterConfig,
+        known: Mapping[str, str],
+        bases: MutableMapping[str, KnownBase] | None = None,
     ) -> Iterator[tuple[Target, Decomposition]]:
         """Each target with its leading triplets, in order; the base weights are checked to be those of the basis.
 
@@ -239,6 +245,8 @@ class BasisFolder:
             names: of :meth:`names_for`.
             config: whose ``tol`` the triplets must hold.
             known: target's name → digest of its weight, where somebody has looked: no need to look again.
+            bases: gets what is known of weights of which each process holds a part; all of them ask for the same then.
+                None where such weights cannot be served.
 
         Raises:
             BasisError: another base, too small a rank, a narrower dtype, a damaged file; naming it.
@@ -246,6 +254,11 @@ class BasisFolder:
         """
         for target in targets:  # all that costs nothing, before any work
             self._check(target, self.layers[names[target.name]].entry, config)
+        for target in targets if bases is not None else ():  # here, for in threads they would not meet in one order
+            if is_sharded(target.module.weight):  # type: ignore[arg-type]
+                entry = asdict(self.layers[names[target.name]].entry)
+                base = check_sharded_base(target.name, entry, target.module, self._refusal(target))
+                bases[target.name], known = base, {**known, target.name: base.digest}  # type: ignore[index]
         workers = max(1, torch.get_num_threads())  # hashing leaves the interpreter's lock
         waiting: deque[tuple[Target, Future[tuple[Decomposition, str | None]]]] = deque()
         differences = []
@@ -290,6 +303,7 @@ def from_basis(
     unconverged: Unconverged,
     rest: Rest,
     known: Mapping[str, str] = MappingProxyType({}),
+    bases: MutableMapping[str, KnownBase] | None = None,
 ) -> Iterator[tuple[Target, Decomposition]]:
     """The targets' triplets from a basis, and those of layers that it lacks from ``rest``, if ``missing`` says so.
 
@@ -307,7 +321,8 @@ def from_basis(
             "make the basis with these targets (osora init)"
         )
     failed = []
-    for target, found in basis.factors([target for target in targets if target.name in names], names, config, known):
+    there = [target for target in targets if target.name in names]
+    for target, found in basis.factors(there, names, config, known, bases):
         if not found.converged:
             failed.append(found)
         yield target, found
