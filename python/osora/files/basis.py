@@ -7,7 +7,6 @@ Nothing here knows how it was made; see :mod:`osora.initialisation`.
 import hashlib
 import json
 import os
-import warnings
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -30,7 +29,7 @@ from osora.files.basis_layer import (
     told,
 )
 from osora.files.evidence import check_base, check_sharded_base, warn_of_rounding
-from osora.files.format import DTYPES, Description
+from osora.files.format import DTYPES
 from osora.files.whole import finish, sync, temporary_beside
 from osora.layers.known_base import KnownBase
 from osora.layers.sharded import is_sharded
@@ -246,7 +245,7 @@ class BasisFolder:
             config: whose ``tol`` the triplets must hold.
             known: target's name → digest of its weight, where somebody has looked: no need to look again.
             bases: gets what is known of weights of which each process holds a part; all of them ask for the same then.
-                None where such weights cannot be served.
+                Weights on the meta device are taken on trust. None where neither can be served.
 
         Raises:
             BasisError: another base, too small a rank, a narrower dtype, a damaged file; naming it.
@@ -254,11 +253,14 @@ class BasisFolder:
         """
         for target in targets:  # all that costs nothing, before any work
             self._check(target, self.layers[names[target.name]].entry, config)
+        known = dict(known)
         for target in targets if bases is not None else ():  # here, for in threads they would not meet in one order
-            if is_sharded(target.module.weight):  # type: ignore[arg-type]
-                entry = asdict(self.layers[names[target.name]].entry)
-                base = check_sharded_base(target.name, entry, target.module, self._refusal(target))
-                bases[target.name], known = base, {**known, target.name: base.digest}  # type: ignore[index]
+            entry = self.layers[names[target.name]].entry
+            if target.weight.device.type == "meta":
+                known[target.name] = entry.weight_sha256  # it is looked at when it has values: osora.restore_basis
+            elif is_sharded(target.module.weight):  # type: ignore[arg-type]
+                base = check_sharded_base(target.name, asdict(entry), target.module, self._refusal(target))
+                bases[target.name], known[target.name] = base, base.digest  # type: ignore[index]
         workers = max(1, torch.get_num_threads())  # hashing leaves the interpreter's lock
         waiting: deque[tuple[Target, Future[tuple[Decomposition, str | None]]]] = deque()
         differences = []
@@ -331,70 +333,15 @@ def from_basis(
         yield from rest(absent)
 
 
-def noted_basis(note: BasisNote, adapter: Path | None = None) -> BasisFolder | None:
-    """The basis that an adapter came from, if it is still where the adapter's file says.
-
-    Its folder is looked for as it is named, and under its last name beside the adapter's folder, if that is known. One
-    that is damaged or another one by now is warned about.
-    """
-    places = [Path(note.folder)]
-    if adapter is not None:
-        places.append(adapter.resolve().parent / Path(note.folder).name)
-    for folder in dict.fromkeys(places):
-        try:
-            if not (folder / INDEX_FILE).is_file():
-                continue
-            found = BasisFolder(folder)
-        except (BasisError, OSError, ValueError) as error:
-            warnings.warn(
-                f"the adapter's basis cannot be used, so it is computed: {error}", RuntimeWarning, stacklevel=4
-            )
-            continue
-        if found.fingerprint == note.fingerprint:
-            return found
-        warnings.warn(
-            f"{folder} is another basis than the one that the adapter came from, so that is computed",
-            RuntimeWarning,
-            stacklevel=4,
-        )
-    return None
-
-
-def rebuilt_factors(
-    targets: list[Target],
-    description: Description,
-    config: AdapterConfig,
-    basis: str | os.PathLike[str] | None,
-    rest: Rest,
-) -> Iterator[tuple[Target, Decomposition]]:
-    """The triplets of an adapter whose file has none: from its basis, where that is kept, or computed again."""
-    if basis is not None:
-        kept: BasisFolder | None = BasisFolder(basis)
-    else:
-        kept = noted_basis(description.basis, description.path.parent) if description.basis else None
-    if kept is None:
-        return rest(targets)
-    wanted = description.basis
-    if wanted is not None and kept.fingerprint != wanted.fingerprint:
-        raise BasisError(
-            f"{kept.folder} is not the basis that {description.path.parent} came from (that was {wanted.folder}): name "
-            "that one, or none to compute it again"
-        )
-    targets = [replace(target, rank=description.modules[target.name]["rank"]) for target in targets]
-    known = {name: item["weight_sha256"] for name, item in description.modules.items()}  # load_adapter has looked
-    return from_basis(kept, targets, config=config, missing="raise", unconverged="warn", rest=rest, known=known)
-
-
 __all__ = [
     "BASIS_FORMAT",
     "INDEX_FILE",
     "BasisFolder",
     "BasisLayer",
     "Missing",
+    "Rest",
     "check_missing",
     "fingerprint_of",
     "from_basis",
-    "noted_basis",
-    "rebuilt_factors",
     "write_index",
 ]

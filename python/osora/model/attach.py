@@ -139,8 +139,9 @@ def attach_from(
                 layers.append((target, make_layer(target.module, factors, formula, config.dropout, name)))
         for target, layer in layers:
             layer.known = bases.get(target.name)
+        there = {target.name: layer for target, layer in layers if not layer.awaits_basis}
         notes = notes_of(target for target, _ in layers)
-        know_bases({target.name: layer for target, layer in layers if layer.known is None})
+        know_bases({name: layer for name, layer in there.items() if layer.known is None})
         copies, trained = [whole.placed(None, name) for whole in wholes], [whole.name for whole in wholes]
         state = AdapterState(config, time.perf_counter() - began, notes, trained, basis=basis)
         install(model, layers, copies, name, state)
