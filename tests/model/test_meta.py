@@ -11,6 +11,7 @@ from processes import on_processes
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import distribute_tensor
 
 import osora
 from osora import adapted_layers
@@ -205,7 +206,12 @@ def everything(rank: int, folder: str) -> dict[object, object]:
             load(model, BASES[base]())
             osora.restore_basis(model, basis)
             assert all(hasattr(p, "full_tensor") for p in osora.adapter_parameters(model))
-            found[base, method] = train(moved(model), rank)
+            like = osora.adapter_parameters(moved(in_memory(base, method, basis)))
+            with torch.no_grad():
+                for mine, value in zip(osora.adapter_parameters(model), like, strict=True):
+                    assert not mine.full_tensor().any()
+                    mine.copy_(distribute_tensor(value.detach(), mine.device_mesh, mine.placements))
+            found[base, method] = train(model, rank)
             sharded.whole = lambda tensor: gathered.append(1) or gather(tensor)
             osora.save_adapter(model, Path(folder, f"{base} {method}"))
             sharded.whole = gather
