@@ -9,8 +9,9 @@ import torch
 from helpers import move_adapter, tiny_gpt2, tiny_llama, token_ids
 from processes import on_processes
 from torch import Tensor, distributed, nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import Shard, distribute_tensor
 
 import osora
@@ -121,6 +122,41 @@ def unused(rank: int, folder: Path) -> list[Tensor | None]:
     return [p.grad for layer in layers[:3] for p in layer.trained("default")]
 
 
+def without_a_head(rank: int, folder: Path) -> dict[str, object]:
+    """A model whose modules have other names than the basis's; and its whole state."""
+    model = tiny_llama().model
+    for block in model.layers:
+        fully_shard(block)
+    fully_shard(model)
+    osora.attach(model, CONFIGS["osora"], basis=folder / "llama basis")
+    gather, gathered = sharded.whole, []
+    sharded.whole = lambda tensor: gathered.append(1) or gather(tensor)
+    osora.save_adapter(moved(model), folder / "without a head")
+    sharded.whole = gather
+    state = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True))
+    base = {name: layer.base_layer for name, layer in adapted_layers(model).items()}
+    osora.detach(model)
+    assert all(model.get_submodule(name) is layer for name, layer in base.items())
+    assert all(p.requires_grad for p in model.parameters())
+    return {"gathered": len(gathered), "state": state}
+
+
+def in_half(rank: int, folder: Path) -> dict[str, list[Tensor]]:
+    """Mixed precision, and layers computed again in the backward, one backward within the other."""
+    found = {}
+    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16)
+    model = osora.attach(shard(tiny_llama(), mp_policy=policy), CONFIGS["osora"], basis=folder / "llama basis")
+    found["mixed precision"] = train(moved(model), rank)
+    for reentrant in (False, True):
+        model = tiny_llama()
+        model.train()
+        model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+        model = osora.attach(shard(model), CONFIGS["osora"], basis=folder / "llama basis")
+        model.enable_input_require_grads()
+        found[f"checkpointed, {reentrant}"] = train(moved(model), rank)
+    return found
+
+
 def said_of(call) -> str:
     try:
         call()
@@ -160,7 +196,7 @@ def refusals(rank: int, folder: Path) -> dict[str, str]:
 
 
 def everything(rank: int, folder: str) -> dict[str, object]:
-    tasks = (trained_late, other_ways, unused, refusals)
+    tasks = (trained_late, other_ways, unused, without_a_head, in_half, refusals)
     found = {}
     for task in tasks:
         found[task.__name__] = task(rank, Path(folder))
@@ -247,3 +283,30 @@ def test_all_learn_that_one_process_has_failed(runs):
     first, second = (run["refusals"]["one fails"] for run in runs[1])
     assert first.startswith("RuntimeError: attach failed in process 1: FileNotFoundError")
     assert second.startswith("FileNotFoundError")
+
+
+def test_other_names_than_the_basis_has(runs, tmp_path):
+    folder, found = runs
+    model = osora.attach(tiny_llama().model, CONFIGS["osora"], basis=folder / "llama basis")
+    osora.save_adapter(moved(model), tmp_path)
+    mine, theirs = (adapter_info(each).modules for each in (tmp_path, folder / "without a head"))
+    assert mine == theirs and mine[0].name == "layers.0.self_attn.q_proj"
+    osora.load_adapter(tiny_llama().model, folder / "without a head")
+    for run in found:
+        assert run["without_a_head"]["gathered"] == 0
+    state = found[0]["without_a_head"]["state"]
+    assert state.keys() == model.state_dict().keys()
+    for key, wish in model.state_dict().items():
+        torch.testing.assert_close(state[key], wish, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("way", "off"), [("mixed precision", 2e-2), ("checkpointed, False", 1e-5), ("checkpointed, True", 1e-5)]
+)
+def test_lower_precision_and_checkpointing(runs, way, off):
+    folder, found = runs
+    wish = train(alone(folder, "llama", "osora"))
+    mine, theirs = (run["in_half"][way] for run in found)
+    for one, other, then in zip(mine, theirs, wish, strict=True):
+        assert torch.equal(one, other) and one.dtype == torch.float32
+        torch.testing.assert_close(one, then, rtol=off, atol=off)

@@ -71,7 +71,7 @@ class KnownBase:
         if not _same_sketch(sharded.sketch(base.weight, base, described["name"]), sketch):
             return None
         if name != described["name"]:
-            sketch = tuple(sharded.sketch(base.weight, base, name))
+            sketch = tuple(fingerprint.short(value) for value in sharded.sketch(base.weight, base, name))
         shape = described["out_features"], described["in_features"]
         return cls(name, shape, base.weight.dtype, None, described["weight_sha256"], sketch, "")
 
