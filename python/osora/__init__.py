@@ -15,6 +15,7 @@ from osora.files.format import AdapterError
 from osora.files.info import AdapterInfo, SavedModule, adapter_info
 from osora.files.load import load_adapter
 from osora.files.merge import MergedFolder, merge_saved
+from osora.files.restore_basis import restore_basis
 from osora.files.resume import checkpoint_adapters, restore_adapter
 from osora.files.verify import ModuleCheck, Verification, verify_adapter
 from osora.initialisation.check import BasisCheck, LayerCheck, check_basis
@@ -102,6 +103,7 @@ __all__ = [
     "refresh",
     "remove_adapter",
     "restore_adapter",
+    "restore_basis",
     "save_adapter",
     "set_adapter",
     "set_execution",

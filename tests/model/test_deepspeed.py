@@ -119,21 +119,52 @@ def refusals(model: nn.Module, folder: Path) -> dict[str, str]:
     return said
 
 
-def made_by_zero_3(folder: Path) -> str:
+def made_in_parts(folder: Path) -> nn.Module:
     """A model that from_pretrained makes in parts."""
     from transformers import AutoModelForCausalLM
     from transformers.integrations import HfDeepSpeedConfig
 
     settings = HfDeepSpeedConfig({"train_micro_batch_size_per_gpu": 1, "zero_optimization": {"stage": 3}})
-    model = AutoModelForCausalLM.from_pretrained(folder / "model")
+    model = AutoModelForCausalLM.from_pretrained(folder)
     del settings
-    assert all(hasattr(p, "ds_id") for p in model.parameters())
+    assert all(hasattr(p, "ds_id") and p.numel() == 0 for p in model.parameters())
+    return model
+
+
+def without_a_basis(folder: Path) -> str:
+    model = made_in_parts(folder / "llama")
     try:
         osora.attach(model, osora.OsoraConfig(r=3))
     except ValueError as error:
         assert not adapted_layers(model)
         return str(error)
     return "attached"
+
+
+def with_a_basis(rank: int, folder: Path, case: str) -> nn.Module:
+    """Attached where no process has a whole weight, moved, trained, saved."""
+    base = "gpt2" if case == "gpt2" else "llama"
+    model = osora.attach(made_in_parts(folder / base), CONFIGS[case], basis=folder / f"{base} basis")
+    assert all(layer.base_layer.weight.numel() == 0 and layer.known for layer in adapted_layers(model).values())
+    assert not any(hasattr(p, "ds_id") for p in osora.adapter_parameters(model))
+    torch.manual_seed(3)
+    train_by_deepspeed(move_adapter(model), 3, rank, "sorsa" in case)
+    osora.save_adapter(model, folder / f"basis {case}")
+    return model
+
+
+def refused_with_a_basis(folder: Path) -> dict[str, str]:
+    """Another base; and a model that an engine has taken."""
+    said, model = {}, made_in_parts(folder / "changed")
+    engine = engine_of(adapted("osora"), 3).module
+    osora.detach(engine)
+    for case, each in {"changed": model, "initialised": engine}.items():
+        try:
+            osora.attach(each, CONFIGS["osora"], basis=folder / "llama basis")
+        except ValueError as error:
+            said[case] = f"{type(error).__name__}: {error}"
+        assert not adapted_layers(each)
+    return said
 
 
 def everything(rank: int, folder: str, port: int) -> dict[object, object]:
@@ -158,14 +189,27 @@ def everything(rank: int, folder: str, port: int) -> dict[object, object]:
     train_by_deepspeed(model, 3, rank, False, persist=10_000)  # as by default: small parameters stay whole
     found["persisted"] = values(model)
     found["refusals"] = refusals(model, Path(folder))
-    found["from_pretrained"] = made_by_zero_3(Path(folder))
+    found["from_pretrained"] = without_a_basis(Path(folder))
+    for case in CONFIGS:
+        sharded.whole = lambda tensor: gathered.append(1) or gather(tensor)
+        gathered.clear()
+        model = with_a_basis(rank, Path(folder), case)
+        sharded.whole = gather
+        found["basis", case], found["basis", case, "gathered"] = values(model), len(gathered)
+    found["refused with a basis"] = refused_with_a_basis(Path(folder))
     return found
 
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict]]:
     folder = tmp_path_factory.mktemp("saved")
-    tiny_llama().save_pretrained(folder / "model")
+    for base, make in {"llama": tiny_llama, "gpt2": tiny_gpt2}.items():
+        make().save_pretrained(folder / base)
+        osora.initialise(folder / base, folder / f"{base} basis", osora.OsoraConfig(r=4), progress=False)
+    changed = tiny_llama()
+    with torch.no_grad():
+        changed.model.layers[1].mlp.up_proj.weight[-1, -1] += 1e-4
+    changed.save_pretrained(folder / "changed")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -219,3 +263,33 @@ def test_a_model_made_in_parts_is_refused_with_the_cure(runs):
     for run in runs[1]:
         assert "cannot be decomposed there: attach the adapter before the model is sharded" in run["from_pretrained"]
         assert "HfDeepSpeedConfig" in run["from_pretrained"]
+
+
+@pytest.mark.parametrize("case", CONFIGS)
+def test_a_model_made_in_parts_trains_and_saves_with_a_basis_as_one_process(runs, tmp_path, case):
+    folder, found = runs
+    base = "gpt2" if case == "gpt2" else "llama"
+    model = osora.attach(base_of(case), CONFIGS[case], basis=folder / f"{base} basis")
+    torch.manual_seed(3)
+    train_alone(move_adapter(model))
+    for run in found:
+        for now, wish in zip(run["basis", case], values(model), strict=True):
+            torch.testing.assert_close(now, wish, rtol=1e-5, atol=1e-5)
+    osora.save_adapter(model, tmp_path)
+    mine, theirs = (adapter_info(each).modules for each in (tmp_path, folder / f"basis {case}"))
+    assert mine == theirs
+    loaded, ids = osora.load_adapter(base_of(case), folder / f"basis {case}"), batches()[0]
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(input_ids=ids).logits, model(input_ids=ids).logits, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("case", CONFIGS)
+def test_with_a_basis_no_base_weight_is_gathered(runs, case):
+    assert all(run["basis", case, "gathered"] == 0 for run in runs[1])
+
+
+def test_what_a_basis_does_not_cure(runs):
+    for run in runs[1]:
+        said = run["refused with a basis"]
+        assert said["changed"].startswith("BasisError: the weight of model.layers.1.mlp.up_proj is not the one that")
+        assert "cannot be decomposed there: attach the adapter before the model is sharded" in said["initialised"]

@@ -84,6 +84,46 @@ def test_it_is_the_adapter_of_the_model_in_memory(tmp_path, way, base, method):
     assert torch.equal(logits(model, ids), before) and not adapted_layers(model)
 
 
+@pytest.mark.parametrize("base", BASES)
+@pytest.mark.parametrize("way", WAYS)
+def test_with_a_basis_it_is_that_of_the_model_in_memory(tmp_path, way, base):
+    BASES[base]().save_pretrained(tmp_path / "base")
+    basis = tmp_path / "basis"
+    osora.initialise(tmp_path / "base", basis, osora.OsoraConfig(r=4), progress=False)
+    model, plain, ids = offloaded(base, way, tmp_path), BASES[base](), token_ids(3)
+    for each in (model, plain):
+        osora.attach(each, CONFIGS["sorsa"], basis=basis)
+    layers, wish = adapted_layers(model), adapted_layers(plain)
+    assert any(layer.base_layer.weight.is_meta for layer in layers.values())
+    for name, layer in layers.items():
+        for mine, theirs in zip(layer.basis(), wish[name].basis(), strict=True):
+            assert torch.equal(mine, theirs) and mine.device == theirs.device
+    for each in (model, plain):
+        torch.manual_seed(5)
+        move_adapter(each)
+    torch.testing.assert_close(logits(model, ids), logits(plain, ids))
+    for now, then in zip(train(model), train(plain), strict=True):
+        torch.testing.assert_close(now, then, rtol=1e-5, atol=1e-6)
+    osora.save_adapter(model, tmp_path / "ours", save_basis=False)
+    osora.save_adapter(plain, tmp_path / "plain", save_basis=False)
+    assert adapter_info(tmp_path / "ours").modules == adapter_info(tmp_path / "plain").modules
+    loaded = osora.load_adapter(offloaded(base, way, tmp_path / "again"), tmp_path / "ours", basis=basis)
+    assert torch.equal(logits(loaded, ids), logits(model, ids))
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_basis_of_another_offloaded_base_is_refused(tmp_path, way):
+    changed = tiny_llama()
+    with torch.no_grad():
+        changed.model.layers[1].mlp.up_proj.weight[-1, -1] += 1e-6
+    changed.save_pretrained(tmp_path / "base")
+    osora.initialise(tmp_path / "base", tmp_path / "basis", osora.OsoraConfig(r=4), progress=False)
+    model = offloaded("llama", way, tmp_path)
+    with pytest.raises(osora.BasisError, match=r"the weight of model\.layers\.1\.mlp\.up_proj is not the one"):
+        osora.attach(model, CONFIGS["osora"], basis=tmp_path / "basis")
+    assert not adapted_layers(model)
+
+
 @pytest.mark.parametrize("way", WAYS)
 def test_a_base_that_was_not_the_adapters_is_refused(tmp_path, way):
     osora.save_adapter(osora.attach(tiny_llama(), CONFIGS["osora"]), tmp_path / "adapter")

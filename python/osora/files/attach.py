@@ -2,6 +2,7 @@
 """Giving a model its first adapter: its triplets are decomposed here and now, or read from a basis that was kept."""
 
 import os
+from collections.abc import Iterator
 from functools import partial
 
 from torch import nn
@@ -9,10 +10,13 @@ from torch import nn
 from osora.config import AdapterConfig, OsoraConfig
 from osora.files.basis import BasisFolder, Missing, from_basis
 from osora.layers.adapted import DEFAULT
+from osora.layers.known_base import KnownBase
 from osora.model.attach import attach_from
 from osora.model.decompose import decompose_targets
+from osora.model.state import refuse_late
+from osora.model.targets import Target
 from osora.svd.arguments import check_max_memory, check_unconverged
-from osora.svd.certificate import Unconverged
+from osora.svd.certificate import Decomposition, Unconverged
 
 
 def attach(
@@ -38,7 +42,9 @@ def attach(
             linear layer but the output head, at rank 64.
         name: the adapter's, to tell it from those that osora.add_adapter and osora.load_adapter put beside it.
         basis: folder of a basis of this very base, as :func:`osora.initialise` writes it: each layer's leading triplets
-            are read from there instead of being computed, and ``config.seed`` plays no part.
+            are read from there instead of being computed, and ``config.seed`` plays no part. With it the base may be
+            sharded already, by FSDP2 or by ZeRO 3 in ``from_pretrained``, if all processes call this
+            (docs/distributed.md).
         missing: what to do with layers that the basis does not have: "raise", or "compute" them.
         max_memory: bytes that a decomposition may take beyond the weights and the factors, None for no limit; see
             :func:`osora.svd_plan`. Fewer weights are in work at the same time if need be.
@@ -50,11 +56,13 @@ def attach(
 
     Raises:
         ValueError: no target, a tied weight, NaN in a weight, one that does not fit in max_memory, one made in
-            inference mode, an adapter already there, a model in DistributedDataParallel already.
+            inference mode, an adapter already there, a model in DistributedDataParallel already, or one that is sharded
+            and has no basis.
         TypeError: a quantised or integer weight.
         osora.BasisError: the basis is of another base, lacks a layer, has too small a rank, is less exact than
             ``config.tol``, or is damaged.
         FileNotFoundError: no finished basis in that folder.
+        RuntimeError: the base is sharded, and another process has failed, another basis, or not called this.
         osora.ConvergenceError: see ``unconverged``.
     """
     config = OsoraConfig() if config is None else config
@@ -67,8 +75,14 @@ def attach(
         attach_from(model, config, name, compute, None, stacklevel=3)
         return model
     folder = BasisFolder(basis)
-    kept = partial(from_basis, folder, config=config, missing=missing, unconverged=unconverged, rest=compute)
-    attach_from(model, config, name, kept, folder.note, stacklevel=3)
+
+    def rest(targets: list[Target]) -> Iterator[tuple[Target, Decomposition]]:
+        refuse_late(model, {target.name: target.module for target in targets}, "decomposed")
+        return compute(targets)
+
+    bases: dict[str, KnownBase] = {}
+    kept = partial(from_basis, folder, config=config, missing=missing, unconverged=unconverged, rest=rest, bases=bases)
+    attach_from(model, config, name, kept, folder.note, stacklevel=3, bases=bases)
     return model
 
 

@@ -7,9 +7,8 @@ Nothing here knows how it was made; see :mod:`osora.initialisation`.
 import hashlib
 import json
 import os
-import warnings
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -29,9 +28,11 @@ from osora.files.basis_layer import (
     read_layer,
     told,
 )
-from osora.files.evidence import check_base, warn_of_rounding
-from osora.files.format import DTYPES, Description
+from osora.files.evidence import check_base, check_sharded_base, warn_of_rounding
+from osora.files.format import DTYPES
 from osora.files.whole import finish, sync, temporary_beside
+from osora.layers.known_base import KnownBase
+from osora.layers.sharded import is_sharded
 from osora.model.state import BasisNote
 from osora.model.targets import Target
 from osora.reference import accumulate_dtype
@@ -208,19 +209,18 @@ class BasisFolder:
                 "(osora init --dtype float64)"
             )
 
+    def _refusal(self, target: Target) -> Callable[[str, str, str], BasisError]:
+        return lambda _, then, now: BasisError(
+            f"the weight of {target.name} is not the one that {self.folder} is a basis of ({then} there, {now} here): "
+            "make a basis of this model (osora init)"
+        )
+
     def _one(
         self, target: Target, name: str, config: AdapterConfig, known: str | None
     ) -> tuple[Decomposition, str | None]:
         entry = self.layers[name].entry
-
-        def refusal(_: str, then: str, now: str) -> BasisError:
-            return BasisError(
-                f"the weight of {target.name} is not the one that {self.folder} is a basis of ({then} there, {now} "
-                "here): make a basis of this model (osora init)"
-            )
-
         same = known == entry.weight_sha256
-        difference = None if same else check_base(asdict(entry), target.module, refusal)
+        difference = None if same else check_base(asdict(entry), target.module, self._refusal(target))
         factors = replace(self.read(name).leading(target.rank), name=target.name)
         if factors.converged and factors.certificate.max_residual > config.tol:
             raise BasisError(
@@ -230,7 +230,12 @@ class BasisFolder:
         return factors, difference
 
     def factors(
-        self, targets: Sequence[Target], names: Mapping[str, str], config: AdapterConfig, known: Mapping[str, str]
+        self,
+        targets: Sequence[Target],
+        names: Mapping[str, str],
+        config: AdapterConfig,
+        known: Mapping[str, str],
+        bases: MutableMapping[str, KnownBase] | None = None,
     ) -> Iterator[tuple[Target, Decomposition]]:
         """Each target with its leading triplets, in order; the base weights are checked to be those of the basis.
 
@@ -239,6 +244,8 @@ class BasisFolder:
             names: of :meth:`names_for`.
             config: whose ``tol`` the triplets must hold.
             known: target's name → digest of its weight, where somebody has looked: no need to look again.
+            bases: gets what is known of weights of which each process holds a part; all of them ask for the same then.
+                Weights on the meta device are taken on trust. None where neither can be served.
 
         Raises:
             BasisError: another base, too small a rank, a narrower dtype, a damaged file; naming it.
@@ -246,6 +253,14 @@ class BasisFolder:
         """
         for target in targets:  # all that costs nothing, before any work
             self._check(target, self.layers[names[target.name]].entry, config)
+        known = dict(known)
+        for target in targets if bases is not None else ():  # here, for in threads they would not meet in one order
+            entry = self.layers[names[target.name]].entry
+            if target.weight.device.type == "meta":
+                known[target.name] = entry.weight_sha256  # it is looked at when it has values: osora.restore_basis
+            elif is_sharded(target.module.weight):  # type: ignore[arg-type]
+                base = check_sharded_base(target.name, asdict(entry), target.module, self._refusal(target))
+                bases[target.name], known[target.name] = base, base.digest  # type: ignore[index]
         workers = max(1, torch.get_num_threads())  # hashing leaves the interpreter's lock
         waiting: deque[tuple[Target, Future[tuple[Decomposition, str | None]]]] = deque()
         differences = []
@@ -290,6 +305,7 @@ def from_basis(
     unconverged: Unconverged,
     rest: Rest,
     known: Mapping[str, str] = MappingProxyType({}),
+    bases: MutableMapping[str, KnownBase] | None = None,
 ) -> Iterator[tuple[Target, Decomposition]]:
     """The targets' triplets from a basis, and those of layers that it lacks from ``rest``, if ``missing`` says so.
 
@@ -307,7 +323,8 @@ def from_basis(
             "make the basis with these targets (osora init)"
         )
     failed = []
-    for target, found in basis.factors([target for target in targets if target.name in names], names, config, known):
+    there = [target for target in targets if target.name in names]
+    for target, found in basis.factors(there, names, config, known, bases):
         if not found.converged:
             failed.append(found)
         yield target, found
@@ -316,70 +333,15 @@ def from_basis(
         yield from rest(absent)
 
 
-def noted_basis(note: BasisNote, adapter: Path | None = None) -> BasisFolder | None:
-    """The basis that an adapter came from, if it is still where the adapter's file says.
-
-    Its folder is looked for as it is named, and under its last name beside the adapter's folder, if that is known. One
-    that is damaged or another one by now is warned about.
-    """
-    places = [Path(note.folder)]
-    if adapter is not None:
-        places.append(adapter.resolve().parent / Path(note.folder).name)
-    for folder in dict.fromkeys(places):
-        try:
-            if not (folder / INDEX_FILE).is_file():
-                continue
-            found = BasisFolder(folder)
-        except (BasisError, OSError, ValueError) as error:
-            warnings.warn(
-                f"the adapter's basis cannot be used, so it is computed: {error}", RuntimeWarning, stacklevel=4
-            )
-            continue
-        if found.fingerprint == note.fingerprint:
-            return found
-        warnings.warn(
-            f"{folder} is another basis than the one that the adapter came from, so that is computed",
-            RuntimeWarning,
-            stacklevel=4,
-        )
-    return None
-
-
-def rebuilt_factors(
-    targets: list[Target],
-    description: Description,
-    config: AdapterConfig,
-    basis: str | os.PathLike[str] | None,
-    rest: Rest,
-) -> Iterator[tuple[Target, Decomposition]]:
-    """The triplets of an adapter whose file has none: from its basis, where that is kept, or computed again."""
-    if basis is not None:
-        kept: BasisFolder | None = BasisFolder(basis)
-    else:
-        kept = noted_basis(description.basis, description.path.parent) if description.basis else None
-    if kept is None:
-        return rest(targets)
-    wanted = description.basis
-    if wanted is not None and kept.fingerprint != wanted.fingerprint:
-        raise BasisError(
-            f"{kept.folder} is not the basis that {description.path.parent} came from (that was {wanted.folder}): name "
-            "that one, or none to compute it again"
-        )
-    targets = [replace(target, rank=description.modules[target.name]["rank"]) for target in targets]
-    known = {name: item["weight_sha256"] for name, item in description.modules.items()}  # load_adapter has looked
-    return from_basis(kept, targets, config=config, missing="raise", unconverged="warn", rest=rest, known=known)
-
-
 __all__ = [
     "BASIS_FORMAT",
     "INDEX_FILE",
     "BasisFolder",
     "BasisLayer",
     "Missing",
+    "Rest",
     "check_missing",
     "fingerprint_of",
     "from_basis",
-    "noted_basis",
-    "rebuilt_factors",
     "write_index",
 ]

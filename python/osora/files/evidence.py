@@ -160,6 +160,24 @@ def check_base(described: Mapping[str, Any], base: Base, refusal: Refusal = _not
     return None if same and weight.quantization else f"{then} then, {weight.stored} now"
 
 
+def check_sharded_base(name: str, described: Mapping[str, Any], base: Any, refusal: Refusal) -> KnownBase:
+    """:func:`check_base` of a base layer of which each process holds a part, by its sketch alone. Collective.
+
+    Args:
+        name: the module's in this model.
+        described: its entry in a file, where it may be called otherwise.
+        base: the layer.
+        refusal: what to raise for another weight, or one in another dtype.
+
+    Returns:
+        What is known of the base weight from now on.
+    """
+    known = KnownBase.of_sharded(name, described, base)
+    if known is None:
+        raise refusal(name, described["dtype"], str(base.weight.dtype).removeprefix("torch."))
+    return known
+
+
 def check_bases(
     described: Sequence[Mapping[str, Any]],
     bases: Sequence[Base],

@@ -12,7 +12,6 @@ import torch
 from torch import Tensor, nn
 
 from osora.config import AdapterConfig
-from osora.files.basis import rebuilt_factors
 from osora.files.evidence import (
     check_bases,
     check_rebuilt,
@@ -21,6 +20,7 @@ from osora.files.evidence import (
 )
 from osora.files.format import AdapterError
 from osora.files.info import config_of
+from osora.files.rebuilt import rebuilt_factors
 from osora.files.saved_whole import find_saved_whole, saved_copies
 from osora.files.tensors import SavedAdapter, read_adapter
 from osora.layers.adapted import DEFAULT, AdaptedLinear

@@ -76,6 +76,7 @@ class AdaptedLinear(KeepsBase):
         self.adapter: str | None = adapter
         self.batch: RowAdapters | None = None  # within osora.adapters_in_batch
         exact, device = reference.accumulate_dtype(weight.dtype), weight.device
+        self.awaits_basis = device.type == "meta"
         # contiguous: the operator reads both row by row, and safetensors stores nothing else
         self.register_buffer("U", owned(factors.U.detach().to(device, weight.dtype)))
         self.register_buffer("V", owned(factors.V.detach().to(device, weight.dtype)))
@@ -119,6 +120,7 @@ class AdaptedLinear(KeepsBase):
 
     def basis(self, rank: int | None = None) -> Basis:
         """U, V and S0 of the active adapter, or of one of that rank: the leading columns, as views."""
+        self.refuse_awaiting()
         return leading((self.U, self.V, self.S0), self.rank if rank is None else rank)
 
     def forward(self, x: Tensor) -> Tensor:

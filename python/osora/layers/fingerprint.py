@@ -17,7 +17,7 @@ from torch import Tensor
 PROBES = 4  # numbers per sketch
 
 
-def _short(value: float) -> float:
+def short(value: float) -> float:
     """Nine digits: more than the comparison of a float32 and a float64 weight looks at, and half the text."""
     return float(f"{value:.9g}")
 
@@ -78,7 +78,7 @@ _IN_CACHE = 2**16  # entries: a piece of a weight, in float32 and float64, that 
 
 
 def _short_sketch(image: Tensor, name: str) -> list[float]:
-    return [_short(value) for value in sketch_of_image(image, name)]
+    return [short(value) for value in sketch_of_image(image, name)]
 
 
 def _parts(weight: Tensor) -> Iterator[slice]:
@@ -133,7 +133,7 @@ def factored_sketch(left: Tensor, right: Tensor, name: str) -> list[float]:
     """The sketch ``gᵢᵀ (left rightᵀ) hᵢ`` of a product of factors [d, r] and [k, r], not scaled."""
     left, right = left.detach().to("cpu", torch.float64), right.detach().to("cpu", torch.float64)
     return [
-        _short(float((_signs(f"{name}|g{i}", left.shape[0]) @ left) @ (_signs(f"{name}|h{i}", right.shape[0]) @ right)))
+        short(float((_signs(f"{name}|g{i}", left.shape[0]) @ left) @ (_signs(f"{name}|h{i}", right.shape[0]) @ right)))
         for i in range(PROBES)
     ]
 

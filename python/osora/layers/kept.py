@@ -23,6 +23,16 @@ class KeepsBase(nn.Module):
     of_inference: bool = False  # whether the base weight was made within torch.inference_mode()
     known: KnownBase | None = None  # the base weight's fingerprint, once it was taken
 
+    awaits_basis: bool = False  # it was made on the meta device: see osora.restore_basis
+
+    def refuse_awaiting(self) -> None:
+        """Raise RuntimeError where U, V and S0 have no values yet."""
+        if self.awaits_basis:
+            raise RuntimeError(
+                "the adapter was attached on the meta device, and its basis has no values yet: load the base weights, "
+                "then call osora.restore_basis(model, folder)"
+            )
+
     def base(self) -> Any:
         """The base layer or, while a merged weight is in it, what it was, for whoever reads a base weight."""
         return AsItWas(self.base_layer, self.base_kept[0]) if self.base_kept else self.base_layer

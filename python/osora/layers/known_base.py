@@ -8,7 +8,7 @@ count of changes, which writing through ``.data`` does not move.
 """
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,7 +32,8 @@ class KnownBase:
     digest: str
     sketch: tuple[float, ...]
     checksum: str | None
-    """Of its bits; None where they are not looked at again, and the fingerprint is taken anew for each use."""
+    """Of its bits; None where they are not looked at again, and the fingerprint is taken anew for each use; empty where
+    no process has seen them all, so that the sketch alone tells."""
 
     @classmethod
     def of(cls, name: str, base: Any) -> "KnownBase":
@@ -62,6 +63,22 @@ class KnownBase:
         digest, sketch = described["weight_sha256"], tuple(described["weight_sketch"])
         return cls(described["name"], (d, k), values.dtype, None, digest, sketch, fingerprint.checksum(values))
 
+    @classmethod
+    def of_sharded(cls, name: str, described: Mapping[str, Any], base: Any) -> "KnownBase | None":
+        """That of a file, of a base layer of which each process holds a part; None where it is another weight.
+
+        Collective. ``name`` is the module's in this model, whatever it is called in the file.
+        """
+        if str(base.weight.dtype) != f"torch.{described['dtype']}":
+            return None
+        sketch = tuple(described["weight_sketch"])
+        if not _same_sketch(sharded.sketch(base.weight, base, described["name"]), sketch):
+            return None
+        if name != described["name"]:
+            sketch = tuple(fingerprint.short(value) for value in sharded.sketch(base.weight, base, name))
+        shape = described["out_features"], described["in_features"]
+        return cls(name, shape, base.weight.dtype, None, described["weight_sha256"], sketch, "")
+
     def holds_for(self, name: str, base: Any) -> bool:
         """Whether it is what would be taken of a base layer now. Collective where the weight is sharded."""
         if name != self.name or self.checksum is None or kind_of(base) is not None:
@@ -70,9 +87,12 @@ class KnownBase:
             return fingerprint.checksum(dense_weight(base)) == self.checksum
         if base.weight.dtype != self.dtype:
             return False
-        now = sharded.sketch(base.weight, base, name)
-        allowed = 1e-8 * max(abs(value) for value in self.sketch)  # nine digits are kept
-        return all(abs(a - b) <= allowed for a, b in zip(now, self.sketch, strict=True))
+        return _same_sketch(sharded.sketch(base.weight, base, name), self.sketch)
+
+
+def _same_sketch(now: Sequence[float], then: Sequence[float]) -> bool:
+    allowed = 1e-8 * max(abs(value) for value in then)  # nine digits are kept
+    return all(abs(a - b) <= allowed for a, b in zip(now, then, strict=True))
 
 
 def known_base(layer: Any, name: str) -> KnownBase:

@@ -133,4 +133,22 @@ def one_writes(ranks: Sequence[int], what: str) -> Iterator[bool]:
             raise RuntimeError(f"{what} failed in process {rank}: {each}")
 
 
-__all__ = ["is_sharded", "meet", "one_writes", "ranks_of", "sketch", "whole", "with_gradient"]
+@contextmanager
+def all_or_none(ranks: Sequence[int], what: str, same: str) -> Iterator[None]:
+    """A block of :func:`one_writes` in which each process works for itself, from one and the ``same`` thing.
+
+    Raises:
+        RuntimeError: as :func:`one_writes`; or another process has something else.
+    """
+    with one_writes(ranks, what):
+        if ranks:
+            said = meet(ranks, what, same)
+            if other := [rank for rank in ranks if said[rank] != same]:
+                raise RuntimeError(
+                    f"{what} was given one thing in process {distributed.get_rank()} and another in process "
+                    f"{other[0]} ({same} and {said[other[0]]}): all of them must have the same"
+                )
+        yield
+
+
+__all__ = ["all_or_none", "is_sharded", "meet", "one_writes", "ranks_of", "sketch", "whole", "with_gradient"]

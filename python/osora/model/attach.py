@@ -2,8 +2,9 @@
 """An adapter's way into a model and out of it: wrap, freeze; and all of it back."""
 
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from types import MappingProxyType
 
 import torch
 from torch import nn
@@ -11,9 +12,11 @@ from torch import nn
 from osora.config import AdapterConfig
 from osora.layers.adapted import AdaptedLinear
 from osora.layers.formulas import formula_of
-from osora.layers.known_base import know_bases
+from osora.layers.known_base import KnownBase, know_bases
+from osora.layers.late import average_late
 from osora.layers.linears import make_layer
 from osora.layers.quantised import allow_packing, keep_order
+from osora.layers.sharded import all_or_none, is_sharded, ranks_of
 from osora.layers.undo import AllOrNothing
 from osora.layers.whole_module import WholeModule
 from osora.model.decompose import as_asked, notes_of
@@ -95,9 +98,18 @@ Source = Callable[[list[Target]], Iterable[tuple[Target, Decomposition]]]
 
 
 def attach_from(
-    model: nn.Module, config: AdapterConfig, name: str, source: Source, basis: BasisNote | None, stacklevel: int
+    model: nn.Module,
+    config: AdapterConfig,
+    name: str,
+    source: Source,
+    basis: BasisNote | None,
+    stacklevel: int,
+    bases: Mapping[str, KnownBase] = MappingProxyType({}),
 ) -> None:
-    """Find the targets, wrap them with the factors that ``source`` gives, freeze the rest; see :func:`osora.attach`."""
+    """Find the targets, wrap them with the factors that ``source`` gives, freeze the rest; see :func:`osora.attach`.
+
+    ``bases`` has what ``source`` has learnt of base weights when it has ended: of each that is sharded.
+    """
     serving = torch.is_inference_mode_enabled()
     with torch.inference_mode(False):  # what is made here is to be trained, whatever the mode around it
         formula = formula_of(config)
@@ -109,7 +121,8 @@ def attach_from(
         names = whole_names(wholes)
         targets = find_targets(model, config, fresh, names)
         modules = {t.name: t.module for t in targets} | {w.name: w.module for w in wholes}
-        refuse_late(model, modules, "decomposed")
+        refuse_late(model, {w.name: w.module for w in wholes}, "copied")
+        refuse_late(model, modules, "decomposed", kept=basis is not None)
         for where, module in modules.items():
             for key, weight in module.named_parameters():
                 if weight.is_inference() and not serving:
@@ -120,14 +133,21 @@ def attach_from(
         lost = [part for part in fresh if within(part, names) is None]
         warn_of_fresh(lost, cure_of(lost), stacklevel + 1)
         layers: Layers = []
-        for target, factors in source(targets):
-            target, factors = as_asked(target, factors, config)
-            layers.append((target, make_layer(target.module, factors, formula, config.dropout, name)))
+        parts = [target.module.weight for target in targets if is_sharded(target.module.weight)]  # type: ignore[arg-type]
+        ranks = ranks_of(parts[0]) if parts else []  # type: ignore[arg-type]
+        with all_or_none(ranks, "attach", basis.fingerprint if basis is not None else ""):
+            for target, factors in source(targets):
+                target, factors = as_asked(target, factors, config)
+                layers.append((target, make_layer(target.module, factors, formula, config.dropout, name)))
+        for target, layer in layers:
+            layer.known = bases.get(target.name)
+        there = {target.name: layer for target, layer in layers if not layer.awaits_basis}
         notes = notes_of(target for target, _ in layers)
-        know_bases({target.name: layer for target, layer in layers})
+        know_bases({name: layer for name, layer in there.items() if layer.known is None})
         copies, trained = [whole.placed(None, name) for whole in wholes], [whole.name for whole in wholes]
         state = AdapterState(config, time.perf_counter() - began, notes, trained, basis=basis)
         install(model, layers, copies, name, state)
+        average_late(layer for _, layer in layers)
 
 
 def detach(model: nn.Module, *, merged: bool = False) -> nn.Module:

@@ -56,6 +56,8 @@ def set_execution(
             raise ValueError(
                 f"no adapted layer matches layers={layers!r}; the first is {next(iter(adapted_layers(model)))}"
             )
+    for layer in chosen.values():
+        layer.refuse_awaiting()
     before = {name: (layer.execution, layer.together) for name, layer in chosen.items()}
     for name, layer in chosen.items():
         try:

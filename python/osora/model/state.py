@@ -11,6 +11,7 @@ from torch.distributed.fsdp import FSDPModule
 from osora.config import AdapterConfig, SorsaConfig
 from osora.layers import AdaptedLinear
 from osora.layers.first_step import watch_first_step
+from osora.layers.late import can_come_late
 from osora.layers.offloaded import is_offloaded
 from osora.layers.penalty import Penalty
 from osora.layers.read_weight import Place, Readers
@@ -164,12 +165,21 @@ _GATHER = (
 )
 
 
-def refuse_late(model: nn.Module, layers: Mapping[str, nn.Module], wish: str) -> None:
+def refuse_late(model: nn.Module, layers: Mapping[str, nn.Module], wish: str, kept: bool = False) -> None:
     """Raise ValueError where an adapter comes too late, since no process has a whole weight of these layers any more.
 
-    ``wish`` is what cannot be done with the weights.
+    Args:
+        model: they are in it.
+        layers: module name → layer.
+        wish: what cannot be done with the weights.
+        kept: whether there is a basis of them, so that it need not be done where the adapter can be trained as it is.
     """
+    sharded_by_fsdp = any(isinstance(module, FSDPModule) for module in model.modules())
+    if kept:
+        layers = {name: layer for name, layer in layers.items() if not can_come_late(layer, sharded_by_fsdp)}
     cure = "attach the adapter before the model is sharded"
+    if wish == "decomposed" and not kept:
+        cure += ", or give attach a basis of it that was made on disk (basis=FOLDER, of osora init)"
     for layer in layers.values():
         weight = layer._parameters.get("weight")
         if hasattr(weight, "ds_id"):
@@ -178,7 +188,7 @@ def refuse_late(model: nn.Module, layers: Mapping[str, nn.Module], wish: str) ->
                 "never is whole: load and adapt it before that object, and Trainer's arguments, are made)"
             )
             break
-        if hasattr(weight, "full_tensor") and not any(isinstance(module, FSDPModule) for module in model.modules()):
+        if hasattr(weight, "full_tensor") and not sharded_by_fsdp:
             cure = (
                 "its weight is split by a tensor parallel plan, and osora does not split adapters: load the model "
                 "without tp_plan, and train it by FSDP2 or DDP"

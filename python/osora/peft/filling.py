@@ -9,10 +9,11 @@ from typing import Any
 
 import torch
 
-from osora.files.basis import BasisFolder, from_basis, noted_basis
+from osora.files.basis import BasisFolder, from_basis
 from osora.files.evidence import certificate_of, check_bases
 from osora.files.format import AdapterError, Description
 from osora.files.load import rank_decomposed
+from osora.files.rebuilt import noted_basis
 from osora.layers.base_weight import base_weight, dense_weight
 from osora.layers.formulas import owned
 from osora.model.attach import Source
