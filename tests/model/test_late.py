@@ -185,11 +185,14 @@ def refusals(rank: int, folder: Path) -> dict[str, str]:
     said["whole modules"] = attach(
         shard(tiny_llama(tied=False)), basis=basis, config=osora.OsoraConfig(r=3, modules_to_save=["lm_head"])
     )
-    parallel, mesh = tiny_llama(), init_device_mesh("cpu", (2,))
-    for name, module in list(parallel.named_modules()):
-        if name.endswith("q_proj"):
-            module.weight = nn.Parameter(distribute_tensor(module.weight.detach(), mesh, [Shard(0)]))
-    said["tensor parallel"] = attach(parallel, basis=basis)
+    grid = init_device_mesh("cpu", (1, 2), mesh_dim_names=("data", "plan"))
+    for case, dim in {"tensor parallel": None, "both, by columns": 0, "both, by rows": 1}.items():
+        parallel = tiny_llama()
+        for name, module in list(parallel.named_modules()):
+            if name.endswith("q_proj"):
+                values = distribute_tensor(module.weight.detach(), grid["plan"], [Shard(dim or 0)])
+                module.weight = nn.Parameter(values)
+        said[case] = attach(parallel if dim is None else shard(parallel, mesh=grid["data"]), basis=basis)
     model = osora.attach(shard(tiny_llama()), config, basis=basis)
     said["merge"] = said_of(lambda: osora.merge(model))
     return said
@@ -271,6 +274,8 @@ def test_a_layer_that_one_process_does_not_use(runs):
         ("missing", "q_proj|k_proj.weight is sharded over processes, and cannot be decomposed there"),
         ("whole modules", "lm_head.weight is sharded over processes, and cannot be copied there"),
         ("tensor parallel", "split by a tensor parallel plan"),
+        ("both, by columns", "q_proj.weight is sharded over processes, and cannot be decomposed there"),
+        ("both, by rows", "q_proj.weight is sharded over processes, and cannot be decomposed there"),
         ("merge", "cannot be merged there"),
     ],
 )
