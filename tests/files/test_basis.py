@@ -86,6 +86,8 @@ def test_layers_that_are_not_there(basis):
     with pytest.raises(BasisError, match=r'has no layer more: missing="compute" decomposes them'):
         attach(model, OsoraConfig(r=8), basis=basis)
     assert before == {name: id(module) for name, module in model.named_modules()}
+    with pytest.raises(ValueError, match="basis is None"):
+        attach(More(), OsoraConfig(r=8), missing="compute")
     with pytest.raises(ValueError, match='missing must be "raise" or "compute"'):
         attach(model, OsoraConfig(r=8), basis=basis, missing="perhaps")
     attach(model, OsoraConfig(r=8), basis=basis, missing="compute")
@@ -201,6 +203,22 @@ def test_the_wrong_basis_for_an_adapter(own, tmp_path):
     (own / "basis.json").write_text("[")
     with pytest.warns(RuntimeWarning, match="cannot be used, so it is computed"):
         osora.load_adapter(Stack(), tmp_path / "adapter")
+
+
+def test_an_adapter_with_layers_that_its_basis_lacks(tmp_path):
+    """They were computed when it was made, and are when it is loaded."""
+    some = make_basis(Stack(), tmp_path, OsoraConfig(r=6, tol=1e-5, target_modules=["up", "side"]))
+    model = attach(Stack(), OsoraConfig(r=4, tol=1e-5), basis=some, missing="compute")
+    move_adapter(model)
+    osora.save_adapter(model, tmp_path / "adapter", save_basis=False)
+    for options in ({}, {"basis": some}):
+        assert torch.equal(osora.load_adapter(Stack(), tmp_path / "adapter", **options)(X), model(X))
+
+
+def test_a_checkpoint_is_no_basis(tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "model.safetensors").write_bytes(b"")
+    refused("is a model's checkpoint", tmp_path, error=FileNotFoundError)
 
 
 def test_a_note_that_is_none(own, tmp_path):

@@ -183,6 +183,14 @@ def test_wrong_arguments(tmp_path):
     fails(tmp_path, 'dtype must be "auto" or one of', dtype="int8")
     fails(tmp_path, "unconverged must be", unconverged="perhaps")
     fails(tmp_path, "max_memory", max_memory=-1)
+    for expiry in (0, -1, "a", True):
+        fails(tmp_path, "claim_expiry must be a positive number", claim_expiry=expiry)
+    for device in ("meta", "mps", "nope"):
+        fails(tmp_path, 'device must be "cpu" or a CUDA device', device=device)
+    for config in ({"r": 4}, 4):
+        fails(tmp_path, "config must be an osora.OsoraConfig", TypeError, config=config)
+    with pytest.raises(TypeError, match=r"out must be a folder's name, as in initialise\(base, out, config\)"):
+        osora.initialise(tmp_path / "base", CONFIG, tmp_path / "basis")
     fails(tmp_path, "takes .* bytes to decompose .* and max_memory is 1000", max_memory=1000)
     fails(tmp_path, "no module matches", config=osora.OsoraConfig(target_modules=["nothing"]))
     assert not (tmp_path / "basis").exists(), "all that is refused before any work"

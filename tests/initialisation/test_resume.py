@@ -157,3 +157,69 @@ def test_torchruns_ranks_are_parts(undisturbed, tmp_path, monkeypatch):
         monkeypatch.setenv(name, value)
     done = osora.initialise(base, tmp_path / "basis", CONFIG, model=on_meta(blocks=BLOCKS), progress=False)
     assert len(done.computed) == LAYERS and contents(tmp_path / "basis") == wanted
+
+
+def test_two_bases_do_not_share_a_folder(undisturbed, tmp_path):
+    """Of equal shapes and names: the one that comes second is refused, whatever part it is."""
+    base, _ = undisturbed
+    other = write_checkpoint(Stack(blocks=BLOCKS, seed=77), tmp_path / "other")
+    out, log = tmp_path / "basis", tmp_path / "log"
+    process = started(base, out, "1/2", log)
+    deadline = time.monotonic() + 60
+    while len(finished(out)) < 4 and time.monotonic() < deadline:
+        time.sleep(0.002)
+    process.kill()
+    process.join()
+    before = contents(out)
+    for part in ("1/2", "2/2", None):
+        with pytest.raises(osora.BasisError, match="was begun with another base, other options"):
+            osora.initialise(other, out, CONFIG, model=on_meta(blocks=BLOCKS), part=part, progress=False)
+    assert contents(out) == before
+
+
+def test_killed_while_the_index_is_written(undisturbed, tmp_path, monkeypatch):
+    base, wanted = undisturbed
+    out = tmp_path / "basis"
+    real = os.replace
+
+    def stop(source: object, target: object) -> None:
+        if str(target).endswith("basis.json"):
+            raise KeyboardInterrupt
+        real(source, target)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(os, "replace", stop)
+    with pytest.raises(KeyboardInterrupt):
+        osora.initialise(base, out, CONFIG, model=on_meta(blocks=BLOCKS), progress=False)
+    monkeypatch.undo()
+    (out / ".unfinished/.basis.json.abc").write_text("{")  # what kill -9 would have left
+    (out / ".DS_Store").write_text("")
+    osora.initialise(base, out, CONFIG, model=on_meta(blocks=BLOCKS), progress=False)
+    assert contents(out) == wanted | {".DS_Store": b""}
+
+
+def test_a_damaged_index_or_request_has_a_cure(undisturbed, tmp_path):
+    base, wanted = undisturbed
+    out = tmp_path / "basis"
+    osora.initialise(base, out, CONFIG, model=on_meta(blocks=BLOCKS), progress=False)
+    for text in ("[", wanted["basis.json"].decode().replace('"seed":0', '"seed":1', 1)):
+        (out / "basis.json").write_text(text)
+        with pytest.raises(osora.BasisError, match=r"is damaged.*run the same osora init again"):
+            osora.attach(Stack(blocks=BLOCKS), CONFIG, basis=out)
+        with pytest.warns(RuntimeWarning, match="the index is made again"):
+            done = osora.initialise(base, out, CONFIG, model=on_meta(blocks=BLOCKS), progress=False)
+        assert done.kept == LAYERS and contents(out) == wanted
+    for content in (b"", b"\xff\xfe\x00", b"[" * 100_000):
+        (out / ".unfinished").mkdir()
+        (out / ".unfinished/request.json").write_bytes(content)
+        with pytest.raises(osora.BasisError, match=r"request.json is damaged .*: remove it"):
+            osora.initialise(base, out, CONFIG, model=on_meta(blocks=BLOCKS), progress=False)
+        (out / ".unfinished/request.json").unlink()
+        osora.initialise(base, out, CONFIG, model=on_meta(blocks=BLOCKS), progress=False)
+        assert contents(out) == wanted
+    one, other = out / "blocks.0.up.safetensors", out / "blocks.1.up.safetensors"
+    swapped = one.read_bytes(), other.read_bytes()
+    other.write_bytes(swapped[0])
+    one.write_bytes(swapped[1])
+    with pytest.warns(RuntimeWarning, match=r"is a file of blocks.[01].up: it is made again"):
+        osora.initialise(base, out, CONFIG, model=on_meta(blocks=BLOCKS), progress=False)
+    assert contents(out) == wanted

@@ -10,6 +10,7 @@ import typer
 
 import osora
 from osora.cli.output import REFUSED, Output, command, whole_bytes
+from osora.files.basis import INDEX_FILE
 from osora.initialisation.rate import product_rate
 
 
@@ -120,6 +121,8 @@ def init(
     """
     with command(json) as output:
         if check:
+            if (base / INDEX_FILE).is_file() and not (out / INDEX_FILE).is_file():
+                base, out = out, base  # in whichever order they were named
             _checked(output, out, base, sample)
             return
         config = _config(r, target_modules, exclude_modules, rank_pattern, tol, seed)

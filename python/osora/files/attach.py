@@ -68,6 +68,8 @@ def attach(
     config = OsoraConfig() if config is None else config
     check_max_memory(max_memory)
     check_unconverged(unconverged)
+    if basis is None and missing != "raise":
+        raise ValueError(f"missing={missing!r} is for layers that a basis lacks, and basis is None")
     compute = partial(
         decompose_targets, config=config, max_memory=max_memory, unconverged=unconverged, progress=progress
     )

@@ -41,6 +41,7 @@ from osora.svd.certificate import Decomposition, Unconverged, report_failure
 BASIS_FORMAT = 1
 INDEX_FILE = "basis.json"
 KIND = "osora-basis"
+_AGAIN = "run the same osora init again, which keeps the layers that are whole"
 
 Missing = Literal["raise", "compute"]
 
@@ -61,12 +62,17 @@ def fingerprint_of(layers: Sequence[BasisLayer]) -> str:
     return digest.hexdigest()
 
 
-def write_index(folder: Path, layers: Sequence[BasisLayer], base_model: str | None) -> None:
-    """Write the index, whole or not at all; it is the last file of a basis to come."""
+def write_index(
+    folder: Path, layers: Sequence[BasisLayer], base_model: str | None, staging: Path | None = None
+) -> None:
+    """Write the index, whole or not at all; it is the last file of a basis to come.
+
+    Until then it has another name in ``staging``, a folder of the same file system, or in ``folder`` itself.
+    """
     lines = [line_of(each.entry, each.sha256) for each in layers]
     head = {"kind": KIND, "format_version": BASIS_FORMAT, "fingerprint": fingerprint_of(layers)}
     text = json.dumps(head | {"base_model": base_model}, indent=1)[:-2]
-    with told(folder / INDEX_FILE), temporary_beside(folder / INDEX_FILE) as new:
+    with told(folder / INDEX_FILE), temporary_beside((staging or folder) / INDEX_FILE) as new:
         new.write_text(text + ',\n "layers": [\n  ' + ",\n  ".join(lines) + "\n ]\n}\n", encoding="utf-8")
         finish(new)
         os.replace(new, folder / INDEX_FILE)
@@ -77,6 +83,10 @@ def _read_index(path: Path) -> dict[str, Any]:
     try:
         contents = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
+        if (path.parent / "config.json").is_file():
+            raise FileNotFoundError(
+                f"no basis here: {path.parent} is a model's checkpoint (it has a config.json); name the basis's folder"
+            ) from None
         begun = any(path.parent.glob("*.safetensors")) if path.parent.is_dir() else False
         raise FileNotFoundError(
             f"no basis here: {path} does not exist"
@@ -85,7 +95,7 @@ def _read_index(path: Path) -> dict[str, Any]:
     except NotADirectoryError:
         raise FileNotFoundError(f"no basis here: {path.parent} is no folder") from None
     except (ValueError, RecursionError) as error:
-        raise BasisError(f"{path} is not valid JSON: {error}") from error
+        raise BasisError(f"{path} is damaged, no valid JSON ({error}): {_AGAIN}") from error
     if not isinstance(contents, dict) or contents.get("kind") != KIND:
         raise BasisError(f"{path} is no index of a basis")
     if contents.get("format_version") != BASIS_FORMAT or isinstance(contents["format_version"], bool):
@@ -122,7 +132,7 @@ class BasisFolder:
             self.layers[entry.name] = BasisLayer(entry, digest)
         self.fingerprint = fingerprint_of(list(self.layers.values()))
         if contents.get("fingerprint") != self.fingerprint:
-            raise BasisError(f"{path} is damaged: its fingerprint is not that of its layers")
+            raise BasisError(f"{path} is damaged, its fingerprint is not that of its layers: {_AGAIN}")
         self.base_model: str | None = (
             contents.get("base_model") if isinstance(contents.get("base_model"), str) else None
         )

@@ -216,6 +216,8 @@ def read_layer(path: Path) -> tuple[LayerEntry, str, dict[str, Tensor]]:
         data = path.read_bytes()
     except FileNotFoundError:
         raise FileNotFoundError(f"{path} is missing: it is a file of a basis, make it again with osora init") from None
+    except IsADirectoryError:
+        raise BasisError(f"{path} is a folder, where a layer's file should be: remove it") from None
     try:
         length = int.from_bytes(data[:8], "little")
         header = json.loads(data[8 : 8 + length].decode()) if 8 + length <= len(data) else None
@@ -234,10 +236,7 @@ def read_layer(path: Path) -> tuple[LayerEntry, str, dict[str, Tensor]]:
     if found != entry.shapes():
         raise BasisError(f"{path}: its tensors are not those that its entry tells of ({entry.name})")
     if _digest(entry.text(), tensors) != digest:
-        raise BasisError(
-            f"{path} is damaged: its digest is not that of its numbers ({entry.name}); remove the file, and run osora "
-            "init again"
-        )
+        raise BasisError(f"{path} is damaged: its digest is not that of its numbers ({entry.name})")
     return entry, digest, tensors
 
 

@@ -67,7 +67,7 @@ def rebuilt_factors(
         )
     targets = [replace(target, rank=description.modules[target.name]["rank"]) for target in targets]
     known = {name: item["weight_sha256"] for name, item in description.modules.items()}  # load_adapter has looked
-    return from_basis(kept, targets, config=config, missing="raise", unconverged="warn", rest=rest, known=known)
+    return from_basis(kept, targets, config=config, missing="compute", unconverged="warn", rest=rest, known=known)
 
 
 __all__ = ["noted_basis", "rebuilt_factors"]

@@ -132,6 +132,7 @@ class Claims:
                 return False
             number = int(there[-1].suffix[1:]) + 1 if there else 0
             path = self.folder / f"{unit:06d}.{number}"
+            self.folder.mkdir(parents=True, exist_ok=True)  # a process that was through may have removed it
             self._make(path)
         except FileExistsError:
             return False

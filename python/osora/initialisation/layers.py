@@ -2,6 +2,8 @@
 """The layers of a checkpoint that a basis is made for, and the reading of their weights, one at a time."""
 
 import copy
+import hashlib
+import logging
 import math
 import mmap
 import os
@@ -21,7 +23,10 @@ from osora.layers.base_weight import base_weight, is_conv1d
 from osora.model.targets import Target, find_targets, uncompiled
 from osora.reference import FLOATS
 
+log = logging.getLogger("osora")
+
 _CHUNK = 2**24  # bytes read at a time
+_SAMPLE = 2**12  # bytes of a tensor that are looked at to know the base
 HUGE = 2**22  # bytes from which on a weight is worth huge pages
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 
@@ -113,6 +118,8 @@ class SourceModel:
         self.model = model_of(base) if model is None else uncompiled(model)
         origins = origins_of(base, self.model)
         fresh = self._fresh(origins)
+        if extra := sorted(origins.keys() - self.model.state_dict().keys()):
+            log.warning("%s has tensors that its model has no place for: %s", base.folder, ", ".join(extra[:8]))
         targets = find_targets(self.model, config, fresh)
         if lost := [target for target in targets if not self._weights(target, origins)]:
             names = ", ".join(f"{target.name}.weight" for target in lost[:8])
@@ -162,6 +169,25 @@ class SourceModel:
         kept = dtype if dtype in FLOATS else _DTYPES[stored[0].dtype]
         described = target.weight._replace(dtype=kept, stored=kept, device=torch.device("cpu"))
         return SourceLayer(replace(target, weight=described), origin, stored)
+
+    def sample(self) -> str:
+        """SHA-256 of the first bytes of each tensor that is read: tells a base from another one of the same shapes.
+
+        Raises:
+            BaseFolderError: a file is gone or cut short.
+        """
+        digest = hashlib.sha256()
+        for layer in self.layers:
+            for key, stored in zip(layer.origin.keys, layer.stored, strict=True):
+                path = self.base.folder / stored.file
+                try:
+                    with open(path, "rb", buffering=0) as file:
+                        file.seek(stored.begin)
+                        first = file.read(min(_SAMPLE, stored.end - stored.begin))
+                except OSError as error:
+                    raise BaseFolderError(f"{path} cannot be read for {key}: {error}") from error
+                digest.update(f"{key}|{stored.dtype}|{stored.shape}|".encode() + first)
+        return digest.hexdigest()
 
     def read(self, layer: SourceLayer) -> nn.Module:
         """The layer with its weight, read from the disk: what stands for it in a loaded model.

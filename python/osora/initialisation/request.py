@@ -102,7 +102,7 @@ class Request:
             [layer.name, layer.target.rank, str(layer.target.weight.dtype), list(layer.target.weight.shape)]
             for layer in self.source.layers
         ]
-        return {"tol": self.config.tol, "seed": self.config.seed, "layers": layers}
+        return {"base": self.source.sample(), "tol": self.config.tol, "seed": self.config.seed, "layers": layers}
 
     def suits(self, layer: SourceLayer, entry: LayerEntry) -> str | None:
         """What makes a layer that is there another one than is asked for, if anything."""

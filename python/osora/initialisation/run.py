@@ -3,12 +3,13 @@
 
 import json
 import os
-import shutil
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -68,28 +69,47 @@ def _prepare(out: Path, request: Request) -> None:
     if out.exists() and not out.is_dir():
         raise FileExistsError(f"{out} is a file: name a folder for the basis")
     if (out / INDEX_FILE).is_file():
-        _refuse_other(BasisFolder(out), request)
-    (out / UNFINISHED).mkdir(parents=True, exist_ok=True)
-    if strange := sorted(path.name for path in out.iterdir() if path.name not in wanted):
-        if not any(path.name != UNFINISHED for path in out.iterdir() if path.name in wanted):
-            shutil.rmtree(out / UNFINISHED, ignore_errors=True)
+        try:
+            there = BasisFolder(out)
+        except BasisError as error:
+            warnings.warn(f"{error}: the index is made again", RuntimeWarning, stacklevel=3)
+        else:
+            _refuse_other(there, request)
+    names = sorted(path.name for path in out.iterdir()) if out.exists() else []
+    if strange := [name for name in names if name not in wanted and not name.startswith(".")]:
         raise FileExistsError(
             f"{out} holds {strange[0]}, which does not belong to the basis that is asked for: choose another folder, "
-            "or the options it was made with"
+            "or the options it was made with; or remove that"
         )
-    path, text = out / UNFINISHED / _REQUEST, request.text()
-    for _ in range(2):  # all processes write the same, or stop here
+    if (out / UNFINISHED).exists() and not (out / UNFINISHED).is_dir():
+        raise FileExistsError(f"{out / UNFINISHED} is a file, where osora init keeps what is under way: remove it")
+    (out / UNFINISHED).mkdir(parents=True, exist_ok=True)
+    _agree(out / UNFINISHED / _REQUEST, request.text())
+
+
+def _agree(path: Path, text: dict[str, Any]) -> None:
+    """Be the first to say what is made here, or find that it is the same. Raises BasisError if it is not."""
+    own = path.with_name(f"{path.name}.{os.getpid()}")
+    with told(path):
+        write_json(own, text)
         try:
-            there = json.loads(path.read_text(encoding="utf-8"))
-        except FileNotFoundError:
-            with told(path):
-                write_json(path, text)
-            continue
-        if there != text:
-            raise BasisError(
-                f"{out} was begun with other options, layers or ranks: choose another folder, or the same options"
-            )
-        return
+            os.link(own, path)  # one process alone
+        except FileExistsError:
+            pass
+        except OSError:  # a file system without links
+            if not path.exists():
+                os.replace(own, path)
+        finally:
+            own.unlink(missing_ok=True)
+    try:
+        there = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise BasisError(f"{path} is damaged ({error}): remove it, and run the same command again") from error
+    if there != text:
+        raise BasisError(
+            f"{path.parent.parent} was begun with another base, other options, layers or ranks: choose another folder, "
+            "or the same options"
+        )
 
 
 @contextmanager
@@ -105,9 +125,27 @@ def _threads(count: int | None) -> Iterator[None]:
 
 def _device(asked: torch.device | str | None, local: int) -> torch.device:
     if asked is not None:
-        found = torch.device(asked)
+        try:
+            found = torch.device(asked)
+        except RuntimeError as error:
+            raise ValueError(f'device must be "cpu" or a CUDA device such as "cuda:1", got {asked!r}') from error
+        if found.type not in ("cpu", "cuda"):
+            raise ValueError(f'device must be "cpu" or a CUDA device such as "cuda:1", got {asked!r}')
+        if found.type == "cuda" and not torch.cuda.is_available():
+            raise ValueError(f"device={asked!r}, and torch finds no CUDA device here")
         return torch.device("cuda", local) if found == torch.device("cuda") else found
     return torch.device("cuda", local) if torch.cuda.is_available() else torch.device("cpu")
+
+
+def _check_kinds(base: Any, out: Any, config: Any) -> None:
+    """Raise TypeError for arguments in another order, or a config of PEFT's."""
+    for name, value in {"base": base, "out": out}.items():
+        if not isinstance(value, str | os.PathLike):
+            kind = type(value).__name__
+            raise TypeError(f"{name} must be a folder's name, as in initialise(base, out, config); got a {kind}")
+    if config is not None and not isinstance(config, AdapterConfig):
+        kind = f"{type(config).__module__}.{type(config).__qualname__}"
+        raise TypeError(f"config must be an osora.OsoraConfig or osora.SorsaConfig, got a {kind}")
 
 
 def _check_room(plan: InitialisationPlan, out: Path) -> None:
@@ -144,6 +182,7 @@ def plan_initialisation(
     Raises:
         FileNotFoundError, ValueError, TypeError: what :func:`osora.initialise` refuses before it reads a weight.
     """
+    _check_kinds(base, out, config)
     config = OsoraConfig() if config is None else config
     place = _device(device, 0)
     return Request.of(base, config, model, dtype, place.type == "cuda").plan(Path(out), place)
@@ -205,6 +244,9 @@ def initialise(
     check_unconverged(unconverged)
     if threads is not None and (isinstance(threads, bool) or not isinstance(threads, int) or threads < 1):
         raise ValueError(f"threads must be at least 1, got {threads!r}")
+    if isinstance(claim_expiry, bool) or not isinstance(claim_expiry, int | float) or not claim_expiry > 0:
+        raise ValueError(f"claim_expiry must be a positive number of seconds, got {claim_expiry!r}")
+    _check_kinds(base, out, config)
     config, out, mine = OsoraConfig() if config is None else config, Path(out), part_of(part)
     place = _device(device, mine.local)
     request = Request.of(base, config, model, dtype, place.type == "cuda")

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from osora.files.basis import BasisLayer, fingerprint_of, write_index
+from osora.files.basis import INDEX_FILE, BasisLayer, fingerprint_of, write_index
 from osora.files.basis_layer import BasisError, describe_layer, file_name, read_layer, write_layer
 from osora.initialisation.claims import Claims
 from osora.initialisation.layers import SourceLayer
@@ -98,11 +98,13 @@ class Work:
         path = self.path(layer)
         try:
             entry, _, _ = read_layer(path)
+            if entry.name != layer.name:
+                raise BasisError(f"{path} is a file of {entry.name}")
         except BasisError as error:
-            warnings.warn(f"{error}; it is made again", RuntimeWarning, stacklevel=2)
+            warnings.warn(f"{error}: it is made again", RuntimeWarning, stacklevel=2)
             path.unlink(missing_ok=True)
             return
-        if (why := self.request.suits(layer, entry)) is not None or entry.name != layer.name:
+        if (why := self.request.suits(layer, entry)) is not None:
             raise BasisError(f"{path} was made with other options ({why}): choose another folder, or the same options")
         weight = dense_weight(self.request.source.read(layer))
         if fingerprint.weight_digest(weight) != entry.weight_sha256:
@@ -201,6 +203,7 @@ class Work:
             entry = describe_layer(
                 factors, layer.target.weight.dtype, known.sha256, known.sketch, config.tol, config.seed
             )
+            (self.out / UNFINISHED).mkdir(exist_ok=True)  # another process may have ended with what was all to it
             write_layer(self.out, entry, factors, self.out / UNFINISHED)
             self.computed.append(layer.name)
             self.progressed(layer)
@@ -217,7 +220,13 @@ class Work:
                 raise BasisError(f"{self.path(layer)} was made with other options ({why or entry.name})")
             found.append(BasisLayer(entry, digest))
         base = self.request.source.base
-        write_index(self.out, found, base.config.get("_name_or_path") or base.folder.name)
+        (self.out / UNFINISHED).mkdir(exist_ok=True)
+        try:
+            name = base.config.get("_name_or_path") or base.folder.name
+            write_index(self.out, found, name, self.out / UNFINISHED)
+        except FileNotFoundError:  # another process has written it, and removed the folder beneath this one
+            if not (self.out / INDEX_FILE).is_file():
+                raise
         shutil.rmtree(self.out / UNFINISHED, ignore_errors=True)
         return fingerprint_of(found)
 

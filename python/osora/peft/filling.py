@@ -4,7 +4,6 @@
 import logging
 from collections.abc import Mapping, Sequence
 from functools import partial
-from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -67,12 +66,11 @@ def fill(layers: Sequence[AdapterLayer], name: str, config: AdapterConfig) -> No
             _disturb(layer, name)
 
 
-def _source(
-    config: AdapterConfig, kept: str | BasisFolder | None, known: Mapping[str, str] = MappingProxyType({})
-) -> Source:
+def _source(config: AdapterConfig, kept: str | BasisFolder | None, known: Mapping[str, str] | None = None) -> Source:
     """What gives targets their triplets: a basis that was kept, or a decomposition.
 
-    ``known`` are the digests of weights that somebody has looked at.
+    ``known`` are the digests of weights that somebody has looked at, of a saved adapter: what its basis lacks was
+    computed when it was made, and is again.
     """
     native = config.native()
     compute = partial(decompose_targets, config=native, max_memory=None, unconverged="warn", progress=None)
@@ -80,8 +78,9 @@ def _source(
         return compute
     basis = kept if isinstance(kept, BasisFolder) else BasisFolder(kept)
     config.came_from(basis.note)
-    missing: Any = config.missing
-    return partial(from_basis, basis, config=native, missing=missing, unconverged="warn", rest=compute, known=known)
+    missing: Any = config.missing if known is None else "compute"
+    source = partial(from_basis, basis, config=native, missing=missing, unconverged="warn", rest=compute)
+    return source if known is None else partial(source, known=known)
 
 
 def _suits(layer: AdapterLayer, other: str, rank: int, tol: float) -> bool:
