@@ -34,15 +34,6 @@ class Times:
         return max(0.0, 1 - exposed / beside) if beside > 0 else 1.0
 
 
-def _one_thread() -> None:
-    """Keep torch's products in this Python thread to itself: the cores are the arithmetic's.
-
-    OpenMP counts for each thread that calls it, so that the caller of :meth:`Pipeline.run` keeps its number; a second
-    team of as many threads would wait for the first one's cores.
-    """
-    torch.set_num_threads(1)
-
-
 class Pipeline(Generic[Unit, Read, Found]):
     """``write(unit, compute(unit, read(unit)))`` for each unit, overlapped.
 
@@ -67,6 +58,18 @@ class Pipeline(Generic[Unit, Read, Found]):
         self._found: queue.Queue[Any] = queue.Queue(2)
         self._ended = threading.Event()
         self._errors: list[BaseException] = []
+        self._alone = threading.Semaphore(0)
+
+    def _one_thread(self) -> None:
+        """Keep torch's products in this Python thread to itself: the cores are the arithmetic's.
+
+        OpenMP counts for each thread that calls it; a second team of as many threads would wait for the first one's
+        cores. But torch remembers the last number for threads to come, those that a decomposition begins among them,
+        so that the caller has to say its own again when both threads are here.
+        """
+        torch.get_num_threads()  # a thread takes torch's number when it first asks for it, and would later
+        torch.set_num_threads(1)
+        self._alone.release()
 
     def _put(self, line: "queue.Queue[Any]", item: Any) -> bool:
         while not self._ended.is_set():
@@ -78,7 +81,7 @@ class Pipeline(Generic[Unit, Read, Found]):
         return False
 
     def _reader(self, units: Iterable[Unit]) -> None:
-        _one_thread()
+        self._one_thread()
         try:
             for unit in units:
                 began = time.perf_counter()
@@ -92,7 +95,7 @@ class Pipeline(Generic[Unit, Read, Found]):
         self._put(self._ready, _END)
 
     def _writer(self) -> None:
-        _one_thread()
+        self._one_thread()
         while (item := self._found.get()) is not _END:
             unit, found = item
             began = time.perf_counter()
@@ -108,11 +111,14 @@ class Pipeline(Generic[Unit, Read, Found]):
 
     def run(self, units: Iterable[Unit]) -> Times:
         """Take the units one after the other, in the reader's thread, until there are no more."""
-        began = time.perf_counter()
+        began, threads = time.perf_counter(), torch.get_num_threads()
         reader = threading.Thread(target=self._reader, args=(units,), name="osora-read", daemon=True)
         writer = threading.Thread(target=self._writer, name="osora-write", daemon=True)
         reader.start()
         writer.start()
+        for _ in (reader, writer):
+            self._alone.acquire()
+        torch.set_num_threads(threads)
         try:
             while not self._ended.is_set():
                 try:
