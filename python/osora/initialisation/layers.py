@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from osora.config import AdapterConfig
 from osora.files.base_folder import BaseFolder, BaseFolderError, Stored
 from osora.initialisation.tree import Origin, dtypes_of, model_of, origins_of, refuse_quantised
-from osora.layers.base_weight import base_weight, is_conv1d
+from osora.layers.base_weight import is_conv1d
 from osora.model.targets import Target, find_targets, uncompiled
 from osora.reference import FLOATS
 
@@ -221,9 +221,4 @@ def bytes_free(folder: Path) -> int:
     return found.f_bavail * found.f_frsize
 
 
-def with_weight(layer: SourceLayer, module: nn.Module) -> Target:
-    """The layer's target with a module that has its weight."""
-    return replace(layer.target, module=module, weight=base_weight(module))
-
-
-__all__ = ["HUGE", "SourceLayer", "SourceModel", "bytes_free", "read_stored", "with_weight"]
+__all__ = ["HUGE", "SourceLayer", "SourceModel", "bytes_free", "read_stored"]
